@@ -1,0 +1,3 @@
+from modelcask.cli.main import main
+
+main()

@@ -1,0 +1,90 @@
+"""Commands that bring models in: import, demo."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from modelcask import importer, plan, source
+from modelcask.cli.output import (
+    json_option,
+    print_json,
+    progress,
+    size_text,
+    stopping_on_signals,
+    store_option,
+)
+from modelcask.errors import printable
+from modelcask.importer import ImportResult
+from modelcask.store import Store
+
+
+@click.command("import")
+@click.argument("folder", type=click.Path(path_type=Path), metavar="DIR")
+@click.option("--name", metavar="NAME", help="The model's name, [namespace/]name[:tag]; else the folder's.")
+@click.option("--variant", metavar="V", help="Import only the weights of this variant, such as fp16.")
+@store_option
+@json_option
+def import_command(folder: Path, name: str | None, variant: str | None, root: Path, *, as_json: bool) -> None:
+    """Store the diffusers model in the folder DIR.
+
+    Tensors that are stored already, from whatever model, are not stored again. Weights with a variant
+    (model.fp16.safetensors) become a tag of their own, NAME:fp16. What is left out is listed with the
+    reason. Every byte is durable when the command returns, and the mounted model is byte for byte the
+    folder: you can delete it.
+
+    \b
+      modelcask import ~/Downloads/FLUX.1-schnell --name black-forest-labs/flux.1-schnell
+    """
+    planned = plan.plan_import(source.look(folder), name=name, variant=variant)
+    store = Store.create(root)
+    names = ", ".join(str(model.name) for model in planned.models)
+    with stopping_on_signals() as stop, progress(f"importing {names}", quiet=as_json) as report:
+        results = importer.run_import(store, planned, report=report, stop=stop)
+    if as_json:
+        print_json([result_json(result) for result in results])
+    else:
+        _print_results(results)
+
+
+@click.command("demo")
+@click.argument("folder", type=click.Path(path_type=Path), metavar="DIR")
+def demo_command(folder: Path) -> None:
+    """Write a small, valid diffusers folder to DIR, to try things with.
+
+    Its weights are random; it loads, but it draws nothing.
+    """
+    from modelcask.demo import write_demo
+
+    write_demo(folder)
+    click.echo(f"wrote a small model to {folder}; now try: modelcask import {folder}")
+
+
+def result_json(result: ImportResult) -> dict[str, Any]:
+    """One entry of `import --json`."""
+    return {
+        "name": str(result.name),
+        "manifest": str(result.manifest),
+        "tensors": result.tensors,
+        "layers": result.layers,
+        "source_bytes": result.source_bytes,
+        "new_blobs": result.new_blobs,
+        "new_bytes": result.new_bytes,
+        "reused_blobs": result.reused_blobs,
+        "reused_bytes": result.reused_bytes,
+        "skipped": [{"path": entry.path, "reason": entry.reason} for entry in result.skipped],
+        "seconds": round(result.seconds, 3),
+    }
+
+
+def _print_results(results: list[ImportResult]) -> None:
+    for result in results:
+        new, reused = size_text(result.new_bytes), size_text(result.reused_bytes)
+        click.echo(
+            f"{result.name}  {result.tensors} tensors, {size_text(result.source_bytes)}: "
+            f"{new} new, {reused} already stored, {result.seconds:.1f} s"
+        )
+    for entry in results[0].skipped:
+        click.echo(f"  left out {printable(entry.path)}: {entry.reason}")

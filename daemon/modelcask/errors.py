@@ -1,0 +1,169 @@
+"""What can go wrong in modelcask's own terms.
+
+Each error carries its fields first and builds its one line from them: what, where, what to do. A domain
+error is never an `OSError`; errors of the disk pass through with their errno.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+
+def printable(text: str) -> str:
+    r"""`text` on one line and safe for a terminal: control and format characters become `\x1b`-like escapes.
+
+    Names come from other people's folders; an escape sequence in one must not reach the reader's terminal.
+    """
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)
+
+
+class ModelcaskError(Exception):
+    """The root of all domain errors; `str()` is one printable line."""
+
+    def message(self) -> str:
+        raise NotImplementedError(type(self))  # pragma: no cover - each subclass says its own
+
+    def __str__(self) -> str:
+        return printable(self.message())
+
+
+@dataclass(eq=False)
+class InvalidName(ModelcaskError):
+    """A model name outside the rules; nothing was looked up with it."""
+
+    name: str
+    reason: str
+
+    def message(self) -> str:
+        return (
+            f"{self.name!r} is no model name: {self.reason}; use [host/][namespace/]name[:tag] "
+            "with letters, digits, '-', '_' and '.'"
+        )
+
+
+@dataclass(eq=False)
+class InvalidDigest(ModelcaskError):
+    """Text that should be `sha256:<64 hex>` and is not."""
+
+    text: str
+
+    def message(self) -> str:
+        return f"{self.text[:100]!r} is no digest: sha256: and 64 lower-case hex digits were expected"
+
+
+@dataclass(eq=False)
+class InvalidSafetensors(ModelcaskError):
+    """A safetensors file that breaks a rule of the format; nothing of it was stored."""
+
+    path: Path
+    reason: str
+    remedy: str = "download or save this file again"
+
+    def message(self) -> str:
+        return f"{self.path}: {self.reason}; {self.remedy}"
+
+
+@dataclass(eq=False)
+class InvalidModelFolder(ModelcaskError):
+    """A folder that is no complete diffusers model; nothing of it was stored."""
+
+    path: Path
+    reason: str
+    remedy: str
+
+    def message(self) -> str:
+        return f"{self.path}: {self.reason}; {self.remedy}"
+
+
+@dataclass(eq=False)
+class SourceChanged(ModelcaskError):
+    """A file of the source changed while it was read; the import can simply be started again."""
+
+    path: Path
+
+    def message(self) -> str:
+        return f"{self.path}: changed while it was imported; import again when nothing writes to it"
+
+
+@dataclass(eq=False)
+class ModelNotFound(ModelcaskError):
+    """No manifest under this name."""
+
+    name: str
+    store: Path
+
+    def message(self) -> str:
+        return f"{self.name}: no such model in {self.store}; `modelcask ls` lists the models"
+
+
+@dataclass(eq=False)
+class InvalidManifest(ModelcaskError):
+    """A manifest file that cannot be understood."""
+
+    path: Path
+    reason: str
+
+    def message(self) -> str:
+        return (
+            f"{self.path}: unreadable manifest: {self.reason}; import the model again, "
+            "or move this file out of the store to set it aside"
+        )
+
+
+@dataclass(eq=False)
+class CorruptBlob(ModelcaskError):
+    """A blob that is missing, or whose size or bytes are not what its digest stands for."""
+
+    path: Path
+    reason: str
+
+    def message(self) -> str:
+        return f"{self.path}: {self.reason}; `modelcask verify` tells whose it is, importing that model again heals it"
+
+
+@dataclass(eq=False)
+class InvalidStore(ModelcaskError):
+    """A folder that is no store this version can open."""
+
+    path: Path
+    reason: str
+    remedy: str
+
+    def message(self) -> str:
+        return f"{self.path}: {self.reason}; {self.remedy}"
+
+
+@dataclass(eq=False)
+class InvalidConfig(ModelcaskError):
+    """A configuration file with something in it that is not allowed."""
+
+    path: Path
+    reason: str
+
+    def message(self) -> str:
+        return f"{self.path}: {self.reason}"
+
+
+@dataclass(eq=False)
+class MountFailed(ModelcaskError):
+    """A mount or unmount that did not happen."""
+
+    path: Path
+    reason: str
+    remedy: str
+
+    def message(self) -> str:
+        return f"{self.path}: {self.reason}; {self.remedy}"
+
+
+@dataclass(eq=False)
+class Interrupted(ModelcaskError):
+    """The work was asked to stop; what was written so far is kept for the next try."""
+
+    what: str
+
+    def message(self) -> str:
+        return f"{self.what}: interrupted; run it again to go on, what was stored is not stored twice"

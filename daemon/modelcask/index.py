@@ -1,0 +1,141 @@
+"""The index: an SQLite database of what speeds work up or tells its history.
+
+Nothing in it is trusted: a predicted digest is checked by sha256, a fingerprint only saves a look. If it is
+lost, all but the history is rebuilt by use.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from modelcask.digest import Digest
+
+# This is the reference for every column.
+_SCHEMA = """
+-- What a large tensor will probably hash to, by the xxh3-128 of its blob header and of samples of its data.
+CREATE TABLE IF NOT EXISTS predictions (
+    sample BLOB PRIMARY KEY,
+    digest TEXT NOT NULL                -- sha256:<hex> of the blob
+) WITHOUT ROWID;
+-- One row a drop: what the watcher last knew of it.
+CREATE TABLE IF NOT EXISTS drops (
+    path TEXT PRIMARY KEY,              -- absolute
+    name TEXT NOT NULL,                 -- the model's name in full
+    fingerprint TEXT NOT NULL,          -- of paths, sizes, mtimes, ctimes and inodes; '' before the first look
+    state TEXT NOT NULL,                -- settling, importing, imported, failed, unchanged
+    done_bytes INTEGER NOT NULL,
+    total_bytes INTEGER NOT NULL,
+    error TEXT,                         -- one line: why it settles still, or why it failed
+    changed REAL NOT NULL               -- seconds since the epoch
+) WITHOUT ROWID;
+-- One row a manifest that was committed, for people to look back at.
+CREATE TABLE IF NOT EXISTS imports (
+    id INTEGER PRIMARY KEY,
+    name TEXT NOT NULL,
+    manifest TEXT NOT NULL,             -- sha256:<hex>
+    source TEXT NOT NULL,               -- the folder
+    finished REAL NOT NULL,             -- seconds since the epoch
+    seconds REAL NOT NULL,
+    new_bytes INTEGER NOT NULL,
+    reused_bytes INTEGER NOT NULL
+);
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Drop:
+    """A row of `drops`."""
+
+    path: Path
+    name: str
+    fingerprint: str
+    state: str
+    done_bytes: int = 0
+    total_bytes: int = 0
+    error: str | None = None
+
+
+class Index:
+    """The open database. Threads and processes may share it; a writer waits up to 30 s for another."""
+
+    def __init__(self, path: Path) -> None:
+        self._lock = threading.Lock()
+        self._db = sqlite3.connect(path, timeout=30, check_same_thread=False, isolation_level=None)
+        with self._lock:
+            self._db.execute("PRAGMA journal_mode=WAL")
+            # WAL with NORMAL keeps the database whole through a power cut; losing the last rows costs a re-read.
+            self._db.execute("PRAGMA synchronous=NORMAL")
+            self._db.executescript(_SCHEMA)
+
+    def close(self) -> None:
+        with self._lock:
+            self._db.close()
+
+    def predicted(self, sample: bytes) -> Digest | None:
+        """The digest a tensor with this sample had before."""
+        with self._lock:
+            row = self._db.execute("SELECT digest FROM predictions WHERE sample = ?", (sample,)).fetchone()
+        return Digest.parse(row[0]) if row else None
+
+    def remember_predictions(self, predictions: dict[bytes, Digest]) -> None:
+        with self._transaction() as db:
+            db.executemany(
+                "INSERT OR REPLACE INTO predictions VALUES (?, ?)",
+                [(sample, str(digest)) for sample, digest in predictions.items()],
+            )
+
+    def record_import(
+        self, *, name: str, manifest: Digest, source: Path, seconds: float, new_bytes: int, reused_bytes: int
+    ) -> None:
+        with self._transaction() as db:
+            db.execute(
+                "INSERT INTO imports (name, manifest, source, finished, seconds, new_bytes, reused_bytes)"
+                " VALUES (?, ?, ?, ?, ?, ?, ?)",
+                (name, str(manifest), str(source), time.time(), seconds, new_bytes, reused_bytes),
+            )
+
+    def drops(self) -> list[Drop]:
+        """All drops, those that changed last first."""
+        with self._lock:
+            rows = self._db.execute(
+                "SELECT path, name, fingerprint, state, done_bytes, total_bytes, error FROM drops"
+                " ORDER BY changed DESC, path"
+            ).fetchall()
+        return [Drop(Path(path), *rest) for path, *rest in rows]
+
+    def save_drop(self, drop: Drop) -> None:
+        with self._transaction() as db:
+            db.execute(
+                "INSERT OR REPLACE INTO drops VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
+                (
+                    str(drop.path),
+                    drop.name,
+                    drop.fingerprint,
+                    drop.state,
+                    drop.done_bytes,
+                    drop.total_bytes,
+                    drop.error,
+                    time.time(),
+                ),
+            )
+
+    def forget_drop(self, path: Path) -> None:
+        with self._transaction() as db:
+            db.execute("DELETE FROM drops WHERE path = ?", (str(path),))
+
+    @contextmanager
+    def _transaction(self) -> Iterator[sqlite3.Connection]:
+        with self._lock:
+            self._db.execute("BEGIN IMMEDIATE")
+            try:
+                yield self._db
+            except BaseException:
+                self._db.execute("ROLLBACK")
+                raise
+            self._db.execute("COMMIT")

@@ -1,0 +1,279 @@
+"""Manifests: a model's layers, and the files that hold them under their names.
+
+The JSON is the Docker v2 schema as upstream writes it; see DESIGN.md, "Manifest".
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from modelcask import durable, gojson
+from modelcask.digest import Digest
+from modelcask.errors import InvalidDigest, InvalidManifest, InvalidName, ModelNotFound
+from modelcask.names import ModelName
+from modelcask.safetensors_layout import strict_json
+
+MANIFEST_TYPE = "application/vnd.docker.distribution.manifest.v2+json"
+CONFIG_TYPE = "application/vnd.docker.container.image.v1+json"
+TENSOR_TYPE = "application/vnd.ollama.image.tensor"
+JSON_TYPE = "application/vnd.ollama.image.json"
+FILE_TYPE = "application/vnd.modelcask.file"
+HEADER_TYPE = "application/vnd.modelcask.safetensors.header"
+
+MODEL_INDEX = "model_index.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """A descriptor: what the blob `digest` of `size` bytes is to the model.
+
+    Attributes:
+        name: by media type `component/tensor.name` or a path in the model folder; empty where there is none.
+    """
+
+    media_type: str
+    digest: Digest
+    size: int
+    name: str = ""
+
+    def to_json(self) -> dict[str, Any]:
+        fields = {"mediaType": self.media_type, "digest": str(self.digest), "size": self.size}
+        return {**fields, "name": self.name} if self.name else fields
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """A model: its config and its layers, in the order of design (tensors, JSON, files, headers)."""
+
+    config: Layer
+    layers: tuple[Layer, ...]
+
+    def encode(self) -> bytes:
+        """The manifest's bytes; their sha256 is the manifest's digest."""
+        return (
+            gojson.compact(
+                {
+                    "schemaVersion": 2,
+                    "mediaType": MANIFEST_TYPE,
+                    "config": self.config.to_json(),
+                    "layers": [layer.to_json() for layer in self.layers],
+                }
+            )
+            + b"\n"
+        )
+
+    @classmethod
+    def decode(cls, data: bytes, where: Path) -> Manifest:
+        """The manifest in `data`. Other models' manifests of a shared store (language models) decode as well.
+
+        Raises:
+            InvalidManifest: not JSON, another schema, or a field that is missing or of the wrong kind.
+        """
+        try:
+            fields = strict_json(data)
+            if fields.get("mediaType") != MANIFEST_TYPE or fields.get("schemaVersion") != 2:
+                raise ValueError("it is no Docker v2 manifest")
+            layers = fields["layers"]
+            if not isinstance(layers, list):
+                raise ValueError("layers is not a list")
+            return cls(_layer(fields["config"]), tuple(map(_layer, layers)))
+        except InvalidDigest as error:
+            raise InvalidManifest(where, str(error)) from None
+        except KeyError as error:
+            raise InvalidManifest(where, f"{error} is missing") from None
+        except ValueError as error:
+            raise InvalidManifest(where, str(error)) from None
+
+    def blobs(self) -> dict[Digest, int]:
+        """The distinct blobs the model needs, with their sizes."""
+        return {layer.digest: layer.size for layer in (self.config, *self.layers)}
+
+    def of_type(self, media_type: str) -> Iterator[Layer]:
+        """The layers of one media type, in order."""
+        return (layer for layer in self.layers if layer.media_type == media_type)
+
+    @property
+    def is_image_model(self) -> bool:
+        """Whether it was written by this importer or upstream's, and not for another kind of model."""
+        return any(layer.name == MODEL_INDEX for layer in self.of_type(JSON_TYPE))
+
+    @property
+    def components(self) -> list[str]:
+        """The components that have weights, in the order of the layers."""
+        if headers := [layer.name for layer in self.of_type(HEADER_TYPE)]:
+            return list(dict.fromkeys(name.rpartition("/")[0] for name in headers))
+        return list(dict.fromkeys(layer.name.partition("/")[0] for layer in self.of_type(TENSOR_TYPE)))
+
+
+@dataclass(frozen=True, slots=True)
+class StoredManifest:
+    """A manifest as it lies in the store.
+
+    Attributes:
+        version: identifies this state of the file (inode, mtime, size); another version means another read.
+    """
+
+    name: ModelName
+    path: Path
+    manifest: Manifest
+    digest: Digest
+    version: tuple[int, int, int]
+
+    @property
+    def mtime_ns(self) -> int:
+        return self.version[1]
+
+
+class ManifestStore:
+    """The manifests of a store: `manifests/<host>/<namespace>/<name>/<tag>`.
+
+    Reading is safe beside writers of other processes: a manifest is replaced whole.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self._root = root
+
+    def path(self, name: ModelName) -> Path:
+        """Where `name` lies or would lie: parts that exist in another case are used as they are spelled."""
+        path = self._root
+        for part in name.path.parts:
+            path = _existing_spelling(path, part)
+        return path
+
+    def stored_name(self, name: ModelName) -> ModelName:
+        """`name` as it is spelled in the store, or as given where it is new."""
+        return ModelName(*self.path(name).relative_to(self._root).parts)
+
+    def read(self, name: ModelName) -> StoredManifest:
+        """The manifest of `name`.
+
+        Raises:
+            ModelNotFound: there is none.
+            InvalidManifest: the file is there but is no manifest.
+        """
+        path = self.path(name)
+        try:
+            return self.read_path(path)
+        except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+            raise ModelNotFound(str(name), self._root.parent) from None
+
+    def read_path(self, path: Path) -> StoredManifest:
+        """The manifest in the file `path`; missing files raise FileNotFoundError."""
+        with path.open("rb") as file:
+            stat = os.fstat(file.fileno())
+            data = file.read()
+        try:
+            name = ModelName(*path.relative_to(self._root).parts)
+        except TypeError:
+            raise InvalidManifest(path, "it does not lie at <host>/<namespace>/<name>/<tag>") from None
+        return StoredManifest(name, path, Manifest.decode(data, path), Digest.of(data), version_of(stat))
+
+    def write(self, name: ModelName, manifest: Manifest, *, temporary: Path) -> Digest:
+        """Commit `manifest` under `name`, replacing what is there; durable when it returns.
+
+        All its blobs must be durable before. A file that holds these bytes already is left as it is.
+        """
+        data = manifest.encode()
+        path = self.path(name)
+        try:
+            unchanged = path.read_bytes() == data
+        except FileNotFoundError:
+            unchanged = False
+        if not unchanged:
+            durable.make_directory(path.parent)
+            durable.write_file(path, data, temporary=temporary, mode=0o644)
+        return Digest.of(data)
+
+    def remove(self, name: ModelName) -> None:
+        """Remove the manifest of `name`, durably, and the directories this leaves empty.
+
+        Raises:
+            ModelNotFound: there is none.
+        """
+        path = self.path(name)
+        try:
+            durable.remove_file(path)
+        except (FileNotFoundError, NotADirectoryError):
+            raise ModelNotFound(str(name), self._root.parent) from None
+        for parent in path.relative_to(self._root).parents[:-1]:
+            try:
+                (self._root / parent).rmdir()
+            except OSError:
+                break  # not empty: another model lives there
+
+    def files(self) -> Iterator[Path]:
+        """Every file below `manifests/`, sorted, whether it is a manifest or not."""
+        for directory, folders, names in os.walk(self._root, onerror=_raise_unless_missing):
+            folders.sort()
+            for name in sorted(names):
+                yield Path(directory, name)
+
+    def names(self) -> Iterator[ModelName]:
+        """The names that have a manifest, sorted; files elsewhere or with names outside the rules are passed over."""
+        for path in self.files():
+            parts = path.relative_to(self._root).parts
+            if len(parts) != 4:
+                continue
+            host, namespace, name, tag = parts
+            try:
+                yield ModelName.parse(f"{host}/{namespace}/{name}:{tag}")
+            except InvalidName:
+                continue
+
+    def children(self, *parts: str) -> list[str]:
+        """The names in the directory `parts` below `manifests/`; none where it is missing."""
+        try:
+            return sorted(entry.name for entry in os.scandir(self._root.joinpath(*parts)))
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+
+    def stat(self, *parts: str) -> os.stat_result | None:
+        """The stat of a file or directory below `manifests/`, None where it is missing."""
+        try:
+            return self._root.joinpath(*parts).stat()
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+
+
+def version_of(stat: os.stat_result) -> tuple[int, int, int]:
+    """What tells one state of a manifest file from another."""
+    return (stat.st_ino, stat.st_mtime_ns, stat.st_size)
+
+
+def _layer(fields: Any) -> Layer:
+    if not isinstance(fields, dict):
+        raise ValueError("a layer is not an object")
+    media_type, digest, size, name = (
+        fields["mediaType"],
+        fields["digest"],
+        fields["size"],
+        fields.get("name", ""),
+    )
+    if not isinstance(media_type, str) or not isinstance(digest, str) or not isinstance(name, str):
+        raise ValueError("a layer's field is not text")
+    if type(size) is not int or size < 0:
+        raise ValueError("a layer's size is not a size")
+    return Layer(media_type, Digest.parse(digest), size, name)
+
+
+def _existing_spelling(directory: Path, part: str) -> Path:
+    exact = directory / part
+    if exact.exists():
+        return exact
+    folded = part.casefold()
+    try:
+        for entry in sorted(os.scandir(directory), key=lambda entry: entry.name):
+            if entry.name.casefold() == folded:
+                return directory / entry.name
+    except (FileNotFoundError, NotADirectoryError):
+        pass  # nothing there yet: the spelling is the caller's
+    return exact
+
+
+def _raise_unless_missing(error: OSError) -> None:
+    if not isinstance(error, FileNotFoundError):
+        raise error

@@ -1,0 +1,79 @@
+"""When a drop is complete: by its structure, not by a timer.
+
+A drop has settled when its plan can be made (model_index.json parses, every component and shard is there,
+every safetensors file is exactly as long as its header says), no download is under way in it, and two looks
+in a row found the same files.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+import xxhash
+
+from modelcask import source
+from modelcask.errors import ModelcaskError, SourceChanged
+from modelcask.plan import ImportPlan, plan_import
+from modelcask.source import PARTIAL_SUFFIXES, SourceFolder
+
+# Where huggingface_hub keeps what it is downloading into a --local-dir.
+_HUB_DOWNLOADS = PurePosixPath(".cache/huggingface/download")
+
+
+@dataclass(frozen=True, slots=True)
+class Look:
+    """What one look at a drop found.
+
+    Attributes:
+        fingerprint: of all files' paths and identities; equal fingerprints mean that nothing changed.
+        plan: the import's plan if the drop is complete.
+        missing: in one line what is not there yet, if it is not.
+    """
+
+    fingerprint: str
+    plan: ImportPlan | None
+    missing: str | None
+
+
+def look(path: Path, *, namespace: str | None) -> Look:
+    """Look at the drop `path`. Files are opened to read their headers only.
+
+    Raises:
+        OSError: the drop cannot be read.
+    """
+    try:
+        folder = source.look(path)
+        fingerprint = fingerprint_of(folder)
+    except (ModelcaskError, FileNotFoundError) as error:
+        return Look("", None, str(error))
+    if download := _download_under_way(path, folder):
+        return Look(fingerprint, None, f"{download}: a download is under way")
+    try:
+        return Look(fingerprint, plan_import(folder, namespace=namespace), None)
+    except SourceChanged as error:
+        return Look(fingerprint, None, f"{error.path}: is still being written")
+    except ModelcaskError as error:
+        return Look(fingerprint, None, str(error))
+
+
+def fingerprint_of(folder: SourceFolder) -> str:
+    """The fingerprint of what a look found."""
+    hasher = xxhash.xxh3_128()
+    for file in folder.files:
+        hasher.update(repr((str(file.path), file.identity)).encode())
+    for entry in folder.left_out:
+        hasher.update(entry.path.encode(errors="surrogateescape"))
+    return hasher.hexdigest()
+
+
+def _download_under_way(root: Path, folder: SourceFolder) -> Path | None:
+    for entry in folder.left_out:
+        if entry.path.lower().endswith(PARTIAL_SUFFIXES):
+            return root / entry.path
+    downloads = root / _HUB_DOWNLOADS
+    if downloads.is_dir():
+        for path in sorted(downloads.rglob("*")):
+            if path.suffix in (".lock", ".incomplete"):
+                return path
+    return None

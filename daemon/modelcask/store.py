@@ -1,0 +1,128 @@
+"""The store: one folder that holds blobs, manifests, leases and the index.
+
+It is a valid `OLLAMA_MODELS` folder; one that Ollama made can be used as it is.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
+
+from modelcask import durable, leases
+from modelcask.blobs import BlobStore, Ingestion
+from modelcask.errors import InvalidStore
+from modelcask.index import Index
+from modelcask.leases import Lease
+from modelcask.manifests import ManifestStore
+from modelcask.safetensors_layout import strict_json
+
+FORMAT_VERSION = 1
+
+_FOLDERS = ("blobs", "manifests", "tmp", "quarantine", "leases")
+
+
+class Store:
+    """A store's folder. Build it with `open` or `create`."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.blobs = BlobStore(root / "blobs")
+        self.manifests = ManifestStore(root / "manifests")
+        self.leases = root / "leases"
+        self.quarantine = root / "quarantine"
+
+    @classmethod
+    def open(cls, root: Path) -> Store:
+        """The store at `root` for reading; a folder that is not there is an empty store.
+
+        Raises:
+            InvalidStore: something else lies at `root`, or a store of a newer version.
+        """
+        root = root.absolute()
+        if root.exists():
+            _check(root)
+        return cls(root)
+
+    @classmethod
+    def create(cls, root: Path) -> Store:
+        """The store at `root` for writing; what is missing of it is made.
+
+        Raises:
+            InvalidStore: something else lies at `root`, or a store of a newer version.
+            OSError: `root` cannot be written.
+        """
+        store = cls.open(root)
+        for name in _FOLDERS:
+            durable.make_directory(store.root / name)
+        version = store.root / "store.json"
+        if not version.exists():
+            data = json.dumps({"format": "modelcask", "version": FORMAT_VERSION}).encode() + b"\n"
+            temporary = store.root / "tmp" / f"store.json-{durable.unique_suffix()}"
+            durable.write_file(version, data, temporary=temporary, mode=0o644)
+        return store
+
+    @cached_property
+    def index(self) -> Index:
+        """The index, opened at first use; the store must exist."""
+        return Index(self.root / "index.sqlite")
+
+    @property
+    def has_index(self) -> bool:
+        return (self.root / "index.sqlite").exists()
+
+    @contextmanager
+    def ingestion(self) -> Iterator[Ingestion]:
+        """An ingestion under a lease of its own; both end with the body.
+
+        Temporary files of the body, and those that dead processes left, are gone afterwards.
+        """
+        with Lease(self.leases, "import") as lease:
+            self.remove_abandoned_files()
+            temporary = self.root / "tmp" / lease.name
+            temporary.mkdir(mode=0o700)
+            ingestion = Ingestion(self.blobs, temporary, lease)
+            try:
+                yield ingestion
+            finally:
+                ingestion.close()
+
+    def remove_abandoned_files(self) -> None:
+        """Remove temporary files whose writer no longer lives."""
+        with leases.exclusive_gate(self.leases):
+            leases.remove_dead(self.leases)
+            living = leases.live(self.leases)
+            for path in (self.root / "tmp").iterdir():
+                if path.name in living:
+                    continue
+                if path.is_dir() and not path.is_symlink():
+                    shutil.rmtree(path)
+                else:
+                    path.unlink(missing_ok=True)
+
+
+def _check(root: Path) -> None:
+    if not root.is_dir():
+        raise InvalidStore(root, "is not a folder", "give another --store")
+    try:
+        fields = strict_json((root / "store.json").read_bytes())
+        version = fields.get("version")
+    except FileNotFoundError:
+        if any(root.iterdir()) and not (root / "blobs").is_dir() and not (root / "manifests").is_dir():
+            raise InvalidStore(
+                root, "is no store and holds other files", "give --store an empty or a new folder"
+            ) from None
+        return
+    except ValueError as error:
+        raise InvalidStore(
+            root / "store.json", f"cannot be read: {error}", "restore it, or remove it if it is torn"
+        ) from None
+    if type(version) is not int or version > FORMAT_VERSION:
+        raise InvalidStore(
+            root,
+            f"is a store of version {version}, this modelcask knows versions up to {FORMAT_VERSION}",
+            "use a newer modelcask",
+        )

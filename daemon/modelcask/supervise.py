@@ -1,0 +1,85 @@
+"""Keeping processes running: what `up` does with the watcher and the mount."""
+
+from __future__ import annotations
+
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from modelcask.errors import ModelcaskError, printable
+
+_STOP_SECONDS = 10.0
+# A process that dies this often in a row, each time sooner than it takes to be useful, will not recover by itself.
+_QUICK_DEATHS = 3
+_QUICK_SECONDS = 5.0
+
+
+@dataclass(eq=False)
+class ChildFailed(ModelcaskError):
+    """A supervised process that keeps dying."""
+
+    name: str
+    status: int
+
+    def message(self) -> str:
+        return (
+            f"{self.name}: ended with exit status {self.status} {_QUICK_DEATHS} times in a row; its last line says why"
+        )
+
+
+@dataclass
+class Child:
+    """A command to keep running."""
+
+    name: str
+    command: Sequence[str]
+    quick_deaths: int = 0
+    started: float = 0.0
+    process: subprocess.Popen[bytes] | None = field(default=None)
+
+    def start(self) -> None:
+        self.started = time.monotonic()
+        # A session of its own: ctrl-c reaches the supervisor alone, which ends its children in order.
+        self.process = subprocess.Popen(self.command, start_new_session=True)
+
+
+def keep_running(children: Sequence[Child], *, stop: threading.Event, say: Callable[[str], None]) -> None:
+    """Keep `children` running until `stop` is set, then end them, the last first.
+
+    Raises:
+        ChildFailed: one of them dies as soon as it is started, again and again.
+    """
+    try:
+        for child in children:
+            child.start()
+        while not stop.wait(0.2):
+            for child in children:
+                assert child.process is not None
+                status = child.process.poll()
+                if status is not None:
+                    _restart(child, status, say)
+    finally:
+        for child in reversed(children):
+            _end(child)
+
+
+def _restart(child: Child, status: int, say: Callable[[str], None]) -> None:
+    quick = time.monotonic() - child.started < _QUICK_SECONDS
+    child.quick_deaths = child.quick_deaths + 1 if quick else 0
+    if child.quick_deaths >= _QUICK_DEATHS:
+        raise ChildFailed(child.name, status)
+    say(f"{printable(child.name)} ended with exit status {status}, starting it again")
+    child.start()
+
+
+def _end(child: Child) -> None:
+    if child.process is None or child.process.poll() is not None:
+        return
+    child.process.terminate()
+    try:
+        child.process.wait(_STOP_SECONDS)
+    except subprocess.TimeoutExpired:
+        child.process.kill()
+        child.process.wait()

@@ -1,0 +1,3 @@
+from modelcaskfs.cli import main
+
+main()

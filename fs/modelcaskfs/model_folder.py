@@ -1,0 +1,166 @@
+"""A stored model as the folder it was: which files it has and what each consists of.
+
+Everything here follows from one manifest, which never changes, so nothing here does.
+"""
+
+from __future__ import annotations
+
+import errno
+import struct
+import threading
+from collections import defaultdict
+from functools import cached_property
+from pathlib import Path, PurePosixPath
+
+from modelcask.blobs import BlobStore
+from modelcask.errors import InvalidManifest
+from modelcask.leases import Lease
+from modelcask.manifests import (
+    FILE_TYPE,
+    HEADER_TYPE,
+    JSON_TYPE,
+    MODEL_INDEX,
+    TENSOR_TYPE,
+    Layer,
+    StoredManifest,
+    version_of,
+)
+from modelcask.safetensors_layout import ShardLayout, blob_header, parse_header
+from modelcaskfs.spans import BlobRange, SpanFile
+
+
+class ModelFolder:
+    """The files of one manifest. Threads may share it.
+
+    Headers are read and parsed when a shard is first looked at, not before.
+    """
+
+    def __init__(self, stored: StoredManifest, blobs: BlobStore, leases: Path) -> None:
+        self.stored = stored
+        self._blobs = blobs
+        self._leases = leases
+        self._lock = threading.Lock()
+        self._shards: dict[str, SpanFile] = {}
+        self._lease: Lease | None = None
+        self._users = 0
+
+    @cached_property
+    def files(self) -> dict[PurePosixPath, Layer]:
+        """The files of the model folder; a shard stands with its header's layer."""
+        files = {}
+        for layer in self.stored.manifest.layers:
+            # Upstream's normalized model_index.json is not what was dropped; the original is a file of its own.
+            dropped = layer.media_type in (FILE_TYPE, HEADER_TYPE)
+            if dropped or (layer.media_type == JSON_TYPE and layer.name != MODEL_INDEX):
+                path = PurePosixPath(layer.name)
+                if path.is_absolute() or ".." in path.parts or not path.parts or "\0" in layer.name:
+                    raise InvalidManifest(self.stored.path, f"the layer name {layer.name!r} is no path in a folder")
+                files[path] = layer
+        return files
+
+    @cached_property
+    def tensors(self) -> dict[str, list[Layer]]:
+        """The tensor layers by name; more than one where shards of a component hold a tensor of the same name."""
+        tensors = defaultdict(list)
+        for layer in self.stored.manifest.of_type(TENSOR_TYPE):
+            tensors[layer.name].append(layer)
+        return dict(tensors)
+
+    def split(self, layer_name: str) -> tuple[PurePosixPath, str]:
+        """The component and the tensor of a tensor layer's name; either may hold a `/`."""
+        for component in self._components:
+            if layer_name.startswith(component + "/"):
+                return PurePosixPath(component), layer_name[len(component) + 1 :]
+        component, _, tensor = layer_name.partition("/")
+        return PurePosixPath(component), tensor
+
+    @cached_property
+    def _components(self) -> list[str]:
+        """The longest first, so that `a/b` is found before `a`."""
+        return sorted(self.stored.manifest.components, key=len, reverse=True)
+
+    def content(self, layer: Layer) -> SpanFile:
+        """What the file of `layer`, one of `files`, consists of.
+
+        Raises:
+            InvalidManifest: the header and the tensor layers do not fit together.
+            CorruptBlob, InvalidSafetensors: the header's blob is missing or damaged.
+        """
+        if layer.media_type != HEADER_TYPE:
+            return SpanFile([(BlobRange(layer.digest, layer.size, 0), layer.size)])
+        with self._lock:
+            if layer.name not in self._shards:
+                self._shards[layer.name] = self._shard(layer)
+            return self._shards[layer.name]
+
+    def acquire(self) -> bool:
+        """Protect all blobs of the model until `release`. False if the manifest was replaced or removed before.
+
+        The first user takes a lease for all; a store that cannot be written is read without one, for gc
+        cannot run there either.
+        """
+        with self._lock:
+            if self._users == 0:
+                # First the lease, then the look: gc may have run before the lease, but then the manifest was gone.
+                self._lease = self._take_lease()
+                if not self._is_current():
+                    self._drop_lease()
+                    return False
+            self._users += 1
+            return True
+
+    def release(self) -> None:
+        """End one `acquire`."""
+        with self._lock:
+            self._users -= 1
+            if self._users == 0:
+                self._drop_lease()
+
+    def _take_lease(self) -> Lease | None:
+        try:
+            return Lease(self._leases, "mount", self.stored.manifest.blobs())
+        except OSError as error:
+            if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
+                return None
+            raise
+
+    def _drop_lease(self) -> None:
+        if self._lease is not None:
+            self._lease.release()
+            self._lease = None
+
+    def _is_current(self) -> bool:
+        try:
+            return version_of(self.stored.path.stat()) == self.stored.version
+        except FileNotFoundError:
+            return False
+
+    def _shard(self, header: Layer) -> SpanFile:
+        layout = self._layout(header)
+        component = str(PurePosixPath(header.name).parent)
+        spans: list[tuple[bytes | BlobRange, int]] = [
+            (struct.pack("<Q", header.size), 8),
+            (BlobRange(header.digest, header.size, 0), header.size),
+        ]
+        for tensor in layout.tensors:
+            layers = self.tensors.get(f"{component}/{tensor.name}", [])
+            number = self._earlier_shards_with(header, component, tensor.name) if len(layers) > 1 else 0
+            prefix = len(blob_header(tensor.name, tensor.dtype, tensor.shape, tensor.nbytes))
+            if number >= len(layers) or layers[number].size != prefix + tensor.nbytes:
+                raise InvalidManifest(self.stored.path, f"{header.name}: no layer fits its tensor {tensor.name!r}")
+            layer = layers[number]
+            spans.append((BlobRange(layer.digest, layer.size, prefix), tensor.nbytes))
+        return SpanFile(spans)
+
+    def _earlier_shards_with(self, header: Layer, component: str, tensor: str) -> int:
+        """How many shards before `header`'s in the manifest's order hold a tensor of this name."""
+        count = 0
+        for other in self.stored.manifest.of_type(HEADER_TYPE):
+            if other.name == header.name:
+                break
+            if str(PurePosixPath(other.name).parent) == component:
+                count += any(entry.name == tensor for entry in self._layout(other).tensors)
+        return count
+
+    def _layout(self, header: Layer) -> ShardLayout:
+        return parse_header(self._blobs.read(header.digest, header.size), self._blobs.path(header.digest))

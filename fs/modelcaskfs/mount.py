@@ -1,0 +1,83 @@
+"""Mounting: from a store and a mountpoint to a filesystem that answers, and its end."""
+
+from __future__ import annotations
+
+import errno
+import os
+import resource
+import signal
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+from modelcask.errors import MountFailed
+from modelcask.mounts import clear_dead_mount, unmount_lazily
+from modelcask.store import Store
+from modelcaskfs.reader import SpanReader
+from modelcaskfs.views import Tree
+
+# Blobs kept open; half of what most systems let a process open without asking (1,048,576 hard, often 4096).
+_MAX_OPEN_BLOBS = 1024
+
+
+def serve(store: Store, mountpoint: Path, *, options: list[str], on_ready: Callable[[], None]) -> None:
+    """Mount `store` at `mountpoint` and answer its requests until it is unmounted or a signal ends it.
+
+    SIGTERM and SIGINT unmount: at once where nobody uses it, else lazily, when the last user is gone.
+
+    Args:
+        options: mount options, each as after `-o`.
+        on_ready: called once, when the kernel has begun to ask.
+
+    Raises:
+        MountFailed: the mountpoint or the library refused.
+    """
+    _check_mountpoint(mountpoint)
+    from modelcaskfs import libfuse  # here, so that all else works without the library
+    from modelcaskfs.ops import Adapter
+
+    tree = Tree(store)
+    adapter = Adapter(tree, SpanReader(store.blobs, max_open=_raise_open_files()), on_ready=on_ready)
+    fixed = [f"fsname={store.root}", "subtype=modelcaskfs", "ro", "default_permissions"]
+    wanted = {signal.SIGTERM, signal.SIGINT}
+    # Blocked before any thread starts, so that all threads leave them to sigwait.
+    signal.pthread_sigmask(signal.SIG_BLOCK, wanted)
+    session = libfuse.Session(mountpoint, adapter.operations(), [*fixed, *options])
+
+    def loop() -> None:
+        session.loop()
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    thread = threading.Thread(target=loop, name="fuse")
+    thread.start()
+    signal.sigwait(wanted)
+    if thread.is_alive():
+        unmount_lazily(mountpoint)
+    thread.join()
+    adapter.close()
+    session.close()
+
+
+def _check_mountpoint(mountpoint: Path) -> None:
+    clear_dead_mount(mountpoint)
+    try:
+        entries = os.listdir(mountpoint)  # noqa: PTH208 - iterdir would name no errno of its own
+    except FileNotFoundError:
+        raise MountFailed(mountpoint, "does not exist", "make the folder first") from None
+    except NotADirectoryError:
+        raise MountFailed(mountpoint, "is not a folder", "give an empty folder") from None
+    except OSError as error:
+        if error.errno == errno.EACCES:
+            raise MountFailed(mountpoint, "may not be read by you", "give a folder of your own") from None
+        raise
+    if mountpoint.is_mount():
+        raise MountFailed(mountpoint, "has something mounted on it", "unmount that first, or give another folder")
+    if entries:
+        raise MountFailed(mountpoint, f"is not empty (it holds {entries[0]!r})", "give an empty folder")
+
+
+def _raise_open_files() -> int:
+    """Let this process open as many files as it may; how many of them blobs may take."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    return min(_MAX_OPEN_BLOBS, hard // 2)

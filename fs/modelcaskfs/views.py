@@ -1,0 +1,258 @@
+"""What the tree of the mount is: views at the top, models by name below them, their files inside.
+
+No FUSE here: nodes are looked up and listed by name, and tests need no mount. Two kinds of directories are
+told apart. Above a model, they follow the store and are `fleeting`: whoever caches them must look again
+within a second. A model's own directory and all below it show one state of one manifest and are `lasting`:
+a replaced model appears under other node keys, so whatever was cached or opened of the old one stays true.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections import OrderedDict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+from typing import Protocol
+
+from modelcask.errors import ModelNotFound
+from modelcask.manifests import Layer, ManifestStore, version_of
+from modelcask.names import DEFAULT_HOST, ModelName
+from modelcask.store import Store
+from modelcaskfs.conventions import CONVENTIONS, Children, Convention
+from modelcaskfs.model_folder import ModelFolder
+from modelcaskfs.spans import SpanFile
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A name in a directory.
+
+    Attributes:
+        kind: S_IFDIR, S_IFREG or S_IFLNK.
+        key: the key of the node that looking the name up gives.
+    """
+
+    name: str
+    kind: int
+    key: str
+
+
+class Node(Protocol):
+    """Something in the tree.
+
+    Attributes:
+        key: names this node for ever; equal keys show equal content, if the node is lasting.
+        lasting: whether it never changes under its key.
+    """
+
+    @property
+    def key(self) -> str: ...
+    @property
+    def mtime_ns(self) -> int: ...
+    @property
+    def lasting(self) -> bool: ...
+
+
+class Directory(Node, Protocol):
+    """A node that has others below it."""
+
+    def lookup(self, name: str) -> Node | None:
+        """The node called `name`, None if there is none."""
+        ...
+
+    def entries(self) -> Iterator[Entry]:
+        """All names, each once."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class FileNode:
+    """A regular file of a model."""
+
+    key: str
+    mtime_ns: int
+    content: SpanFile
+    model: ModelFolder
+    lasting: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class LinkNode:
+    """A symlink."""
+
+    key: str
+    mtime_ns: int
+    target: str
+    lasting: bool = True
+
+
+class Tree:
+    """The whole tree of a store.
+
+    Args:
+        cached_models: how many parsed manifests are kept for models that nobody has open.
+    """
+
+    def __init__(self, store: Store, *, cached_models: int = 32) -> None:
+        self._store = store
+        self._models: OrderedDict[tuple[ModelName, tuple[int, int, int]], ModelFolder] = OrderedDict()
+        self._cached_models = cached_models
+        self.root = _Root(self)
+
+    @property
+    def store(self) -> Store:
+        return self._store
+
+    def model(self, name: ModelName) -> ModelFolder:
+        """The folder of the model `name` as it is now.
+
+        Raises:
+            ModelNotFound: there is none. InvalidManifest: it cannot be read.
+        """
+        stat_now = self._store.manifests.stat(*name.path.parts)
+        if stat_now is None:
+            raise ModelNotFound(str(name), self._store.root)
+        key = (name, version_of(stat_now))
+        folder = self._models.get(key)
+        if folder is None:
+            stored = self._store.manifests.read_path(self._store.root / "manifests" / name.path)
+            folder = ModelFolder(stored, self._store.blobs, self._store.leases)
+            self._models[key] = folder
+            if len(self._models) > self._cached_models:
+                self._models.popitem(last=False)
+        else:
+            self._models.move_to_end(key)
+        return folder
+
+
+class _Root:
+    """The top: a directory for each view, and the link to the blobs."""
+
+    key = "/"
+    lasting = False
+
+    def __init__(self, tree: Tree) -> None:
+        self._tree = tree
+        self._views = {view: _Names(tree, view, (), convention) for view, convention in CONVENTIONS.items()}
+
+    @property
+    def mtime_ns(self) -> int:
+        return max(view.mtime_ns for view in self._views.values())
+
+    def lookup(self, name: str) -> Node | None:
+        if name == "blobs":
+            return LinkNode("/blobs", self.mtime_ns, str(self._tree.store.blobs.directory))
+        return self._views.get(name)
+
+    def entries(self) -> Iterator[Entry]:
+        yield Entry("blobs", stat.S_IFLNK, "/blobs")
+        for name, view in self._views.items():
+            yield Entry(name, stat.S_IFDIR, view.key)
+
+
+class _Names:
+    """A level of names above the models of a view: `[host/]namespace/name/` holds the tags.
+
+    The default host is left out, so one path can mean a namespace of the default host and another host at
+    once; both are shown, the default host's first.
+    """
+
+    lasting = False
+
+    def __init__(self, tree: Tree, view: str, parts: tuple[str, ...], convention: Convention) -> None:
+        self._tree = tree
+        self._view = view
+        self._parts = parts
+        self._convention = convention
+        self.key = "/" + "/".join((view, *parts))
+
+    @property
+    def mtime_ns(self) -> int:
+        stats = (self._manifests.stat(*place) for place in self._places())
+        return max((status.st_mtime_ns for status in stats if status), default=0)
+
+    def lookup(self, name: str) -> Node | None:
+        for place in self._places():
+            if self._find((*place, name)) is None:
+                continue
+            if len(place) < 3:
+                return _Names(self._tree, self._view, (*self._parts, name), self._convention)
+            host, namespace, model_name = place
+            if (model := self._model(ModelName(host, namespace, model_name, name))) is not None:
+                return model
+        return None
+
+    def entries(self) -> Iterator[Entry]:
+        seen: set[str] = set()
+        for place in self._places():
+            for name in self._manifests.children(*place):
+                found = self._find((*place, name))
+                if found is None or name in seen:
+                    continue
+                seen.add(name)
+                key = f"{self.key}/{name}"
+                yield Entry(name, stat.S_IFDIR, key if len(place) < 3 else _versioned(key, version_of(found)))
+
+    @property
+    def _manifests(self) -> ManifestStore:
+        return self._tree.store.manifests
+
+    def _places(self) -> Iterator[tuple[str, ...]]:
+        """The directories below `manifests/` that this level shows."""
+        if len(self._parts) <= 2:
+            yield (DEFAULT_HOST, *self._parts)
+        if self._parts[:1] != (DEFAULT_HOST,):
+            yield self._parts
+
+    def _find(self, parts: tuple[str, ...]) -> os.stat_result | None:
+        """The stat of what this level may show: directories down to a name, below it the manifests."""
+        status = self._manifests.stat(*parts)
+        is_shown = stat.S_ISREG if len(parts) == 4 else stat.S_ISDIR
+        return status if status is not None and is_shown(status.st_mode) and parts != (DEFAULT_HOST,) else None
+
+    def _model(self, name: ModelName) -> Node | None:
+        try:
+            model = self._tree.model(name)
+        except ModelNotFound:
+            return None
+        if not model.stored.manifest.is_image_model:
+            return None
+        key = _versioned(f"{self.key}/{name.tag}", model.stored.version)
+        return _ModelDirectory(key, model, self._convention(model))
+
+
+class _ModelDirectory:
+    """A directory within a model; its names are known from the manifest alone."""
+
+    lasting = True
+
+    def __init__(self, key: str, model: ModelFolder, children: Children) -> None:
+        self.key = key
+        self._model = model
+        self._children = children
+
+    @property
+    def mtime_ns(self) -> int:
+        return self._model.stored.mtime_ns
+
+    def lookup(self, name: str) -> Node | None:
+        child = self._children.get(name)
+        key = f"{self.key}/{name}"
+        if child is None:
+            return None
+        if isinstance(child, Layer):
+            return FileNode(key, self.mtime_ns, self._model.content(child), self._model)
+        if isinstance(child, PurePosixPath):
+            return LinkNode(key, self.mtime_ns, str(child))
+        return _ModelDirectory(key, self._model, child)
+
+    def entries(self) -> Iterator[Entry]:
+        for name, child in self._children.items():
+            kind = stat.S_IFREG if isinstance(child, Layer) else stat.S_IFLNK
+            yield Entry(name, stat.S_IFDIR if isinstance(child, dict) else kind, f"{self.key}/{name}")
+
+
+def _versioned(key: str, version: tuple[int, int, int]) -> str:
+    return f"{key}@{'.'.join(map(str, version))}"
