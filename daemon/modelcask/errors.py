@@ -137,6 +137,17 @@ class InvalidStore(ModelcaskError):
 
 
 @dataclass(eq=False)
+class IndexFailed(ModelcaskError):
+    """The index could not be read or written; the models are not concerned."""
+
+    path: Path
+    reason: str
+
+    def message(self) -> str:
+        return f"{self.path}: {self.reason}; free some space, or remove this file: all but the history is rebuilt"
+
+
+@dataclass(eq=False)
 class InvalidConfig(ModelcaskError):
     """A configuration file with something in it that is not allowed."""
 

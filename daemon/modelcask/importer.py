@@ -12,6 +12,7 @@ it fails.
 from __future__ import annotations
 
 import hashlib
+import logging
 import math
 import os
 import threading
@@ -28,7 +29,7 @@ import xxhash
 from modelcask import durable, source, upstream
 from modelcask.blobs import Ingestion
 from modelcask.digest import Digest
-from modelcask.errors import Interrupted, InvalidModelFolder, SourceChanged
+from modelcask.errors import IndexFailed, Interrupted, InvalidModelFolder, SourceChanged
 from modelcask.manifests import (
     CONFIG_TYPE,
     FILE_TYPE,
@@ -45,11 +46,14 @@ from modelcask.safetensors_layout import TensorEntry, blob_header
 from modelcask.source import LeftOut, SourceFile
 from modelcask.store import Store
 
+log = logging.getLogger("modelcask")
+
 # One a worker. Nearly all tensors of today's models fit, and two of them stay far below the 300 MB an import may take.
 _BUFFER = 32 << 20
 # Pieces in which larger tensors pass through: what is read should still be in the CPU's cache when hashed.
 _PIECE = 1 << 20
 _SAMPLE = 64 << 10
+assert max(_PIECE, _SAMPLE) <= _BUFFER  # both pass through the buffer
 
 Report = Callable[[int, int], None]
 
@@ -100,17 +104,25 @@ def run_import(store: Store, plan: ImportPlan, *, report: Report, stop: threadin
             name = store.manifests.stored_name(model.name)
             digest = store.manifests.write(name, manifest, temporary=ingestion.temporary_name())
             results.append(work.result(model, name, manifest, digest, time.monotonic() - started))
-        store.index.remember_predictions(work.predictions)
-        for result in results:
-            store.index.record_import(
-                name=str(result.name),
-                manifest=result.manifest,
-                source=plan.folder.root,
-                seconds=result.seconds,
-                new_bytes=result.new_bytes,
-                reused_bytes=result.reused_bytes,
-            )
+    try:
+        _record(store, plan, work.predictions, results)
+    except IndexFailed as error:
+        # The manifests are committed: the import is done, whatever becomes of its history.
+        log.warning("%s", error)
     return results
+
+
+def _record(store: Store, plan: ImportPlan, predictions: dict[bytes, Digest], results: list[ImportResult]) -> None:
+    store.index.remember_predictions(predictions)
+    for result in results:
+        store.index.record_import(
+            name=str(result.name),
+            manifest=result.manifest,
+            source=plan.folder.root,
+            seconds=result.seconds,
+            new_bytes=result.new_bytes,
+            reused_bytes=result.reused_bytes,
+        )
 
 
 @dataclass

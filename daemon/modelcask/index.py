@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from modelcask.digest import Digest
+from modelcask.errors import IndexFailed
 
 # This is the reference for every column.
 _SCHEMA = """
@@ -62,24 +63,28 @@ class Drop:
 
 
 class Index:
-    """The open database. Threads and processes may share it; a writer waits up to 30 s for another."""
+    """The open database. Threads and processes may share it; a writer waits up to 30 s for another.
+
+    Every method raises `IndexFailed` where the database cannot be used.
+    """
 
     def __init__(self, path: Path) -> None:
+        self._path = path
         self._lock = threading.Lock()
-        self._db = sqlite3.connect(path, timeout=30, check_same_thread=False, isolation_level=None)
-        with self._lock:
+        with self._using():
+            self._db = sqlite3.connect(path, timeout=30, check_same_thread=False, isolation_level=None)
             self._db.execute("PRAGMA journal_mode=WAL")
             # WAL with NORMAL keeps the database whole through a power cut; losing the last rows costs a re-read.
             self._db.execute("PRAGMA synchronous=NORMAL")
             self._db.executescript(_SCHEMA)
 
     def close(self) -> None:
-        with self._lock:
+        with self._using():
             self._db.close()
 
     def predicted(self, sample: bytes) -> Digest | None:
         """The digest a tensor with this sample had before."""
-        with self._lock:
+        with self._using():
             row = self._db.execute("SELECT digest FROM predictions WHERE sample = ?", (sample,)).fetchone()
         return Digest.parse(row[0]) if row else None
 
@@ -102,7 +107,7 @@ class Index:
 
     def drops(self) -> list[Drop]:
         """All drops, those that changed last first."""
-        with self._lock:
+        with self._using():
             rows = self._db.execute(
                 "SELECT path, name, fingerprint, state, done_bytes, total_bytes, error FROM drops"
                 " ORDER BY changed DESC, path"
@@ -131,11 +136,20 @@ class Index:
 
     @contextmanager
     def _transaction(self) -> Iterator[sqlite3.Connection]:
-        with self._lock:
+        with self._using():
             self._db.execute("BEGIN IMMEDIATE")
             try:
                 yield self._db
+                self._db.execute("COMMIT")
             except BaseException:
-                self._db.execute("ROLLBACK")
+                if self._db.in_transaction:
+                    self._db.execute("ROLLBACK")
                 raise
-            self._db.execute("COMMIT")
+
+    @contextmanager
+    def _using(self) -> Iterator[None]:
+        try:
+            with self._lock:
+                yield
+        except sqlite3.Error as error:
+            raise IndexFailed(self._path, str(error)) from None

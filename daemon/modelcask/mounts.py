@@ -43,7 +43,7 @@ def mounts_of(store: Path) -> list[Mount]:
 def clear_dead_mount(mountpoint: Path) -> None:
     """Unmount what a filesystem process that died left at `mountpoint`; anything else is left alone."""
     try:
-        mountpoint.stat()
+        os.scandir(mountpoint).close()  # a stat may still be answered from the kernel's cache
     except OSError as error:
         if error.errno == errno.ENOTCONN:
             _run_unmount(mountpoint, lazy=True)

@@ -209,7 +209,8 @@ def _needs(class_name: str) -> tuple[set[str], bool]:
         return {"scheduler_config.json"}, False
     if "Tokenizer" in class_name:
         return {"tokenizer.json", "tokenizer_config.json", "vocab.json", "spiece.model", "vocab.txt"}, False
-    if class_name.endswith(("FeatureExtractor", "ImageProcessor", "ImageProcessorFast", "Processor")):
+    # CLIPFeatureExtractor, CLIPImageProcessor, CLIPImageProcessorPil (transformers 5 without torchvision), …
+    if "FeatureExtractor" in class_name or "Processor" in class_name:
         return {
             "preprocessor_config.json",
             "processor_config.json",

@@ -1,0 +1,83 @@
+"""Import wall time against `cp -r` + `sync` of the same folder, and where the time goes.
+
+python tests/bench/bench_import.py [--gigabytes 3] [--rounds 3] [--dir DIR] [--profile]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))
+from made_models import write_model
+from report import alternate, print_machine
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--gigabytes", type=float, default=3)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--dir", type=Path, default=None, help="where to work; default a temporary folder")
+    parser.add_argument("--sparse", action="store_true", help="a folder of holes: memory only, no speed")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory(dir=options.dir) as name:
+        work = Path(name)
+        model = work / "model"
+        write_model(model, total_bytes=int(options.gigabytes * 1e9), sparse=options.sparse)
+        subprocess.run(["sync"], check=True)
+        warm(model)
+        print_machine("source in the page cache, destination on the same filesystem")
+        results: dict[str, object] = {}
+
+        def copy() -> None:
+            shutil.rmtree(work / "copy", ignore_errors=True)
+            subprocess.run(["cp", "-r", str(model), str(work / "copy")], check=True)
+            subprocess.run(["sync"], check=True)
+
+        def first_import() -> None:
+            results["first"] = run_import(model, work / "store")
+
+        def import_again() -> None:
+            results["again"] = run_import(model, work / "store")
+
+        def fresh() -> None:
+            shutil.rmtree(work / "store", ignore_errors=True)
+            shutil.rmtree(work / "copy", ignore_errors=True)
+            subprocess.run(["sync"], check=True)
+
+        medians = alternate(
+            {"(clean up)": fresh, "cp -r + sync": copy, "import": first_import, "import again": import_again},
+            rounds=options.rounds,
+        )
+        peer = medians["cp -r + sync"]
+        print(f"import / (cp -r + sync):       {medians['import'] / peer:.2f}")
+        print(f"import again / (cp -r + sync): {medians['import again'] / peer:.2f}")
+        peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024
+        print(f"peak RSS of any import or cp:  {peak:.0f} MiB")
+
+
+def run_import(model: Path, store: Path) -> object:
+    """Import through the command line, as a user does."""
+    command = [sys.executable, "-m", "modelcask", "import", str(model), "--store", str(store), "--json"]
+    done = subprocess.run(command, check=True, capture_output=True, text=True, env={**os.environ})
+    return json.loads(done.stdout)
+
+
+def warm(folder: Path) -> None:
+    """Read every file once."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with path.open("rb", buffering=0) as file:
+                while file.read(1 << 24):
+                    pass
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,39 @@
+"""What every benchmark prints beside its figures: the machine, the command, the cache state."""
+
+from __future__ import annotations
+
+import os
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+
+def print_machine(cache_state: str) -> None:
+    """Say where and how the figures below were measured."""
+    model = next(
+        (
+            line.partition(":")[2].strip()
+            for line in Path("/proc/cpuinfo").read_text().splitlines()
+            if "model name" in line
+        ),
+        platform.machine(),
+    )
+    print(f"machine: {model}, {os.cpu_count()} cores, Linux {platform.release()}, Python {platform.python_version()}")
+    print(f"command: python {' '.join(sys.argv)}")
+    print(f"cache:   {cache_state}")
+
+
+def alternate(sides: Mapping[str, Callable[[], object]], *, rounds: int) -> dict[str, float]:
+    """The median wall time in seconds of each side, the sides taking turns so that noise hits all alike."""
+    times: dict[str, list[float]] = {name: [] for name in sides}
+    for _ in range(rounds):
+        for name, side in sides.items():
+            started = time.perf_counter()
+            side()
+            times[name].append(time.perf_counter() - started)
+    for name, taken in times.items():
+        print(f"  {name:32} {statistics.median(taken):7.2f} s   ({', '.join(f'{t:.2f}' for t in taken)})")
+    return {name: statistics.median(taken) for name, taken in times.items()}

@@ -1,0 +1,1 @@
+"""Real clients (diffusers, transformers) reading tiny models through a real mount."""

@@ -1,0 +1,88 @@
+"""Running modelcask in tests: imports by the function, the command line as a process."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from modelcask import importer, plan, source
+from modelcask.importer import ImportResult
+from modelcask.store import Store
+
+
+def import_folder(store: Store, folder: Path, **options: Any) -> list[ImportResult]:
+    """Import as the command does."""
+    planned = plan.plan_import(source.look(folder), **options)
+    return importer.run_import(store, planned, report=lambda _done, _total: None, stop=threading.Event())
+
+
+@dataclass(frozen=True)
+class Done:
+    """A finished command."""
+
+    status: int
+    out: str
+    err: str
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.out)
+
+
+class CommandLine:
+    """`modelcask …` as a process of its own, on one store."""
+
+    def __init__(self, store: Path, home: Path) -> None:
+        self.store = store
+        self.environment = {
+            **{key: value for key, value in os.environ.items() if not key.startswith(("MODELCASK_", "XDG_"))},
+            "HOME": str(home),
+            "MODELCASK_STORE": str(store),
+        }
+
+    def __call__(self, *arguments: str | Path, status: int | None = 0) -> Done:
+        """Run the command; its exit status must be `status`, unless that is None."""
+        command = [sys.executable, "-m", "modelcask", *map(str, arguments)]
+        done = subprocess.run(command, capture_output=True, text=True, env=self.environment, timeout=120, check=False)
+        assert status is None or done.returncode == status, done.stderr + done.stdout
+        return Done(done.returncode, done.stdout, done.stderr)
+
+    def start(self, *arguments: str | Path) -> subprocess.Popen[str]:
+        """Start a command that stays; its stderr can be read."""
+        command = [sys.executable, "-m", "modelcask", *map(str, arguments)]
+        return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=self.environment)
+
+    @contextmanager
+    def mounted(self, directory: Path, *options: str) -> Iterator[Path]:
+        """The store mounted at `directory` for the body."""
+        directory.mkdir(exist_ok=True)
+        self("mount", directory, *options)
+        try:
+            yield directory
+        finally:
+            self("umount", directory)
+
+
+def blob_files(store: Path) -> dict[str, int]:
+    """Names and sizes of all files in `blobs/`."""
+    return {path.name: path.stat().st_size for path in (store / "blobs").iterdir()}
+
+
+def wait_for(condition: Callable[[], Any], *, seconds: float = 30.0) -> Any:
+    """Wait until `condition()` is true; its value. Fails after `seconds`."""
+    patience = threading.Event()
+    for _ in range(int(seconds / 0.05)):
+        if value := condition():
+            return value
+        patience.wait(0.05)
+    pytest.fail(f"did not become true within {seconds} s")

@@ -1,0 +1,180 @@
+"""The tree of the mount, without a mount."""
+
+from __future__ import annotations
+
+import stat
+from pathlib import Path, PurePosixPath
+
+import pytest
+
+from folders import files_of, raw_shard, write_model
+from modelcask.errors import CorruptBlob, InvalidManifest
+from modelcask.manifests import FILE_TYPE, Layer, Manifest
+from modelcask.names import ModelName
+from modelcask.store import Store
+from modelcaskfs.reader import SpanReader
+from modelcaskfs.views import Directory, FileNode, LinkNode, Node, Tree
+from running import import_folder
+
+
+def find(tree: Tree, path: str) -> Node | None:
+    node: Node | None = tree.root
+    for part in PurePosixPath(path).parts:
+        assert node is not None
+        node = node.lookup(part)  # type: ignore[attr-defined]
+        if node is None:
+            return None
+    return node
+
+
+def names(tree: Tree, path: str) -> list[str]:
+    node = find(tree, path)
+    return sorted(entry.name for entry in node.entries())  # type: ignore[union-attr]
+
+
+def walk(directory: Directory, path: PurePosixPath = PurePosixPath()) -> dict[PurePosixPath, Node]:
+    found: dict[PurePosixPath, Node] = {}
+    for entry in directory.entries():
+        node = directory.lookup(entry.name)
+        assert node is not None
+        assert node.key == entry.key
+        if entry.kind == stat.S_IFDIR:
+            found |= walk(node, path / entry.name)  # type: ignore[arg-type]
+        else:
+            found[path / entry.name] = node
+    return found
+
+
+def content(store: Store, node: Node) -> bytes:
+    assert isinstance(node, FileNode)
+    buffer = bytearray(node.content.size)
+    reader = SpanReader(store.blobs, max_open=2)
+    assert reader.read(node.content, 0, memoryview(buffer)) == len(buffer)
+    return bytes(buffer)
+
+
+def test_the_diffusers_view_holds_the_dropped_files_byte_for_byte(store: Store, vector_model: Path) -> None:
+    import_folder(store, vector_model, name="org/vector:v1")
+    folder = find(Tree(store), "diffusers/org/vector/v1")
+    shown = {str(path): content(store, node) for path, node in walk(folder).items()}  # type: ignore[arg-type]
+    assert shown == files_of(vector_model)
+
+
+def test_the_tensors_view_links_to_the_blobs(store: Store, vector_model: Path) -> None:
+    import_folder(store, vector_model)
+    folder = find(Tree(store), "tensors/library/model/latest")
+    links = {str(path): node for path, node in walk(folder).items()}  # type: ignore[arg-type]
+    node = links["transformer/blocks.0.ff.w<1>&é.weight.safetensors"]
+    assert isinstance(node, LinkNode)
+    assert node.target.startswith("../../../../../blobs/sha256-")
+    assert len(links) == 25
+    assert all(store.blobs.directory.joinpath(PurePosixPath(n.target).name).exists() for n in links.values())  # type: ignore[attr-defined]
+
+
+def test_other_hosts_stand_beside_the_namespaces_of_the_default_host(store: Store, tmp_path: Path) -> None:
+    folder = write_model(tmp_path / "m")
+    for name in ("flux", "org/flux:x", "hub.example/org/flux", "hub.example/org/other"):
+        import_folder(store, folder, name=name)
+    tree = Tree(store)
+    assert names(tree, "diffusers") == ["hub.example", "library", "org"]
+    assert names(tree, "diffusers/hub.example/org") == ["flux", "other"]
+    assert names(tree, "diffusers/hub.example/org/flux") == ["latest"]
+    assert names(tree, "diffusers/org/flux/x/vae") == ["config.json", "diffusion_pytorch_model.safetensors"]
+    assert find(tree, "diffusers/hub.example/org/flux/latest/README.md") is not None
+    assert find(tree, "diffusers/registry.ollama.ai") is None
+
+
+def test_a_host_and_a_namespace_of_one_name_are_both_shown(store: Store, tmp_path: Path) -> None:
+    folder = write_model(tmp_path / "m")
+    import_folder(store, folder, name="same/one")
+    import_folder(store, folder, name="same/org/two:t")
+    tree = Tree(store)
+    assert names(tree, "diffusers/same") == ["one", "org"]
+    assert find(tree, "diffusers/same/one/latest/README.md") is not None
+    assert find(tree, "diffusers/same/org/two/t/README.md") is not None
+
+
+@pytest.mark.parametrize(
+    "path", ["nothing", "diffusers/x", "diffusers/library/m/x", "diffusers/library/m/latest/vae/x"]
+)
+def test_what_is_not_there_is_not_found(store: Store, tmp_path: Path, path: str) -> None:
+    import_folder(store, write_model(tmp_path / "m"))
+    assert find(Tree(store), path) is None
+
+
+def test_a_replaced_model_has_other_keys_and_an_unchanged_one_the_same(store: Store, tmp_path: Path) -> None:
+    tree = Tree(store)
+    path = "diffusers/library/x/latest/transformer/diffusion_pytorch_model.safetensors"
+    import_folder(store, write_model(tmp_path / "a", transformer="a"), name="x")
+    first = find(tree, path)
+    import_folder(store, tmp_path / "a", name="x")
+    again = find(Tree(store), path)
+    import_folder(store, write_model(tmp_path / "b", transformer="b"), name="x")
+    replaced = find(tree, path)
+    assert first is not None
+    assert again is not None
+    assert replaced is not None
+    assert first.key == again.key != replaced.key
+    assert content(store, first) != content(store, replaced)
+
+
+def test_a_model_that_is_open_keeps_its_blobs_through_rm_and_gc(store: Store, tmp_path: Path) -> None:
+    from modelcask import gc
+
+    folder = write_model(tmp_path / "m")
+    (result,) = import_folder(store, folder)
+    node = find(Tree(store), "diffusers/library/m/latest/vae/diffusion_pytorch_model.safetensors")
+    assert isinstance(node, FileNode)
+    assert node.model.acquire()
+    store.manifests.remove(result.name)
+    assert gc.collect(store).blobs == {}
+    assert content(store, node) == (folder / "vae/diffusion_pytorch_model.safetensors").read_bytes()
+    node.model.release()
+    assert gc.collect(store).size == result.new_bytes
+
+
+def test_a_model_that_was_removed_before_it_is_opened_cannot_be_acquired(store: Store, tmp_path: Path) -> None:
+    (result,) = import_folder(store, write_model(tmp_path / "m"))
+    node = find(Tree(store), "diffusers/library/m/latest/README.md")
+    assert isinstance(node, FileNode)
+    store.manifests.remove(result.name)
+    assert not node.model.acquire()
+    assert [path.name for path in store.leases.iterdir()] == ["gate"]
+
+
+def test_tensors_of_the_same_name_in_two_shards_keep_their_own_bytes(store: Store, tmp_path: Path) -> None:
+    folder = write_model(tmp_path / "m")
+    for name, byte in (("a.safetensors", b"a"), ("b.safetensors", b"b")):
+        header = b'{"same":{"dtype":"U8","shape":[4],"data_offsets":[0,4]}}'
+        (folder / "vae" / name).write_bytes(raw_shard(header, byte * 4))
+    import_folder(store, folder)
+    tree = Tree(store)
+    for name in ("a.safetensors", "b.safetensors"):
+        node = find(tree, f"diffusers/library/m/latest/vae/{name}")
+        assert node is not None
+        assert content(store, node) == (folder / "vae" / name).read_bytes()
+
+
+def test_a_manifest_that_names_paths_outside_its_folder_is_refused(store: Store, tmp_path: Path) -> None:
+    (result,) = import_folder(store, write_model(tmp_path / "m"))
+    manifest = store.manifests.read(result.name).manifest
+    for name in ("../../evil", "/etc/passwd"):
+        layers = (*manifest.layers, Layer(FILE_TYPE, manifest.config.digest, manifest.config.size, name))
+        evil = ModelName.parse("evil")
+        store.manifests.write(evil, Manifest(manifest.config, layers), temporary=store.root / "tmp" / "x")
+        with pytest.raises(InvalidManifest, match="no path in a folder"):
+            find(Tree(store), "diffusers/library/evil/latest")
+
+
+def test_a_blob_of_another_size_is_not_read(store: Store, tmp_path: Path) -> None:
+    (result,) = import_folder(store, write_model(tmp_path / "m"))
+    layer = next(
+        each for each in store.manifests.read(result.name).manifest.layers if each.name == "vae/decoder.weight"
+    )
+    blob = store.blobs.path(layer.digest)
+    blob.chmod(0o644)
+    blob.write_bytes(blob.read_bytes() + b"x")
+    node = find(Tree(store), "diffusers/library/m/latest/vae/diffusion_pytorch_model.safetensors")
+    assert node is not None
+    with pytest.raises(CorruptBlob, match="bytes long, not"):
+        content(store, node)
