@@ -1,12 +1,13 @@
 """When a drop is complete: by its structure, not by a timer.
 
 A drop has settled when its plan can be made (model_index.json parses, every component and shard is there,
-every safetensors file is exactly as long as its header says), no download is under way in it, and two looks
-in a row found the same files.
+every safetensors file is exactly as long as its header says), what clients parse is whole, no download is
+under way in it, and two looks in a row found the same files.
 """
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -14,11 +15,24 @@ import xxhash
 
 from modelcask import source
 from modelcask.errors import ModelcaskError, SourceChanged
-from modelcask.plan import ImportPlan, plan_import
-from modelcask.source import PARTIAL_SUFFIXES, SourceFolder
+from modelcask.plan import MAX_JSON, ImportPlan, plan_import
+from modelcask.source import PARTIAL_SUFFIXES, SourceFile, SourceFolder
 
 # Where huggingface_hub keeps what it is downloading into a --local-dir.
 _HUB_DOWNLOADS = PurePosixPath(".cache/huggingface/download")
+
+# A safetensors file tells its length and an index its shards; of these only the syntax tells the end.
+_PARSED_BY_CLIENTS = {
+    "config.json",
+    "generation_config.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "scheduler_config.json",
+    "special_tokens_map.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "vocab.json",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +64,10 @@ def look(path: Path, *, namespace: str | None) -> Look:
     if download := _download_under_way(path, folder):
         return Look(fingerprint, None, f"{download}: a download is under way")
     try:
-        return Look(fingerprint, plan_import(folder, namespace=namespace), None)
+        plan = plan_import(folder, namespace=namespace)
+        if half := _half_written_json(folder):
+            return Look(fingerprint, None, f"{half.host}: is no JSON yet")
+        return Look(fingerprint, plan, None)
     except SourceChanged as error:
         return Look(fingerprint, None, f"{error.path}: is still being written")
     except ModelcaskError as error:
@@ -65,6 +82,17 @@ def fingerprint_of(folder: SourceFolder) -> str:
     for entry in folder.left_out:
         hasher.update(entry.path.encode(errors="surrogateescape"))
     return hasher.hexdigest()
+
+
+def _half_written_json(folder: SourceFolder) -> SourceFile | None:
+    """The first file that clients parse and that is not, or not yet, JSON."""
+    for file in folder.files:
+        if file.path.name in _PARSED_BY_CLIENTS:
+            try:
+                json.loads(source.read(file, limit=MAX_JSON))
+            except (ValueError, RecursionError):
+                return file
+    return None
 
 
 def _download_under_way(root: Path, folder: SourceFolder) -> Path | None:

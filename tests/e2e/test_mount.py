@@ -84,7 +84,7 @@ def test_it_is_named_and_typed_as_modelcasks_and_is_read_only(cask: CommandLine,
         lambda: file.chmod(0o644),
         lambda: os.truncate(file, 0),
         lambda: os.utime(file),
-        lambda: os.symlink("x", root / "link"),
+        lambda: (root / "link").symlink_to("x"),
         lambda: os.link(file, root / "hard"),
     ):
         with pytest.raises(OSError, match="Read-only") as caught:

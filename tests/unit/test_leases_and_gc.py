@@ -36,7 +36,8 @@ def test_a_lease_protects_until_it_is_released(store: Store) -> None:
 
 def test_a_lease_dies_with_its_process(store: Store) -> None:
     code = (
-        "import os, sys; from pathlib import Path; from modelcask.leases import Lease; from modelcask.digest import Digest\n"
+        "import sys; from pathlib import Path\n"
+        "from modelcask.leases import Lease; from modelcask.digest import Digest\n"
         "lease = Lease(Path(sys.argv[1]), 'test', [Digest.of(b'a')]); print('held', flush=True); sys.stdin.read()"
     )
     process = subprocess.Popen(

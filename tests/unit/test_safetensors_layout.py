@@ -102,7 +102,7 @@ def test_a_file_too_short_for_a_header_length_is_refused(tmp_path: Path, data: b
 
 def test_a_git_lfs_pointer_is_told_as_such(tmp_path: Path) -> None:
     pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:abc\nsize 12345\n"
-    with pytest.raises(InvalidSafetensors, match="Git-LFS pointer.*git lfs pull"):
+    with pytest.raises(InvalidSafetensors, match=r"Git-LFS pointer.*git lfs pull"):
         read(tmp_path / "x", pointer)
 
 

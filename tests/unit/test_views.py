@@ -32,7 +32,10 @@ def names(tree: Tree, path: str) -> list[str]:
     return sorted(entry.name for entry in node.entries())  # type: ignore[union-attr]
 
 
-def walk(directory: Directory, path: PurePosixPath = PurePosixPath()) -> dict[PurePosixPath, Node]:
+ROOT = PurePosixPath()
+
+
+def walk(directory: Directory, path: PurePosixPath = ROOT) -> dict[PurePosixPath, Node]:
     found: dict[PurePosixPath, Node] = {}
     for entry in directory.entries():
         node = directory.lookup(entry.name)

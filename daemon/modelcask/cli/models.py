@@ -187,7 +187,8 @@ def df_command(root: Path, *, as_json: bool) -> None:
     saved = usage.logical_bytes - (usage.stored_bytes - usage.reclaimable_bytes)
     click.echo(
         f"{size_text(usage.logical_bytes)} of models take {size_text(usage.stored_bytes)}: "
-        f"{size_text(max(saved, 0))} saved by sharing, {size_text(usage.reclaimable_bytes)} to be freed by `modelcask gc`"
+        f"{size_text(max(saved, 0))} saved by sharing, "
+        f"{size_text(usage.reclaimable_bytes)} to be freed by `modelcask gc`"
     )
 
 
