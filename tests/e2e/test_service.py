@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from folders import files_of, write_model
 from running import CommandLine, wait_for
 

@@ -3,14 +3,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from folders import write_model
-from running import import_folder
 
+from folders import write_model
 from modelcask.digest import Digest
 from modelcask.errors import InvalidDigest, InvalidManifest, ModelNotFound
 from modelcask.manifests import Layer, Manifest
 from modelcask.names import ModelName
 from modelcask.store import Store
+from running import import_folder
 
 DIGEST = "sha256:" + "0" * 64
 LAYER = {"mediaType": "t", "digest": DIGEST, "size": 1, "name": "n"}

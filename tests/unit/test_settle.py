@@ -3,8 +3,8 @@ import shutil
 from pathlib import Path
 
 import pytest
-from folders import write_model
 
+from folders import write_model
 from modelcask import settle
 
 
