@@ -104,6 +104,17 @@ def write_all(fd: int, data: bytes | bytearray | memoryview) -> None:
         view = view[written:]
 
 
+def write_at(fd: int, data: memoryview, offset: int) -> int:
+    """Write all of `data` at `offset`; how many bytes that were."""
+    position = offset
+    while data:
+        written = os.pwrite(fd, data, position)
+        if not written:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        data, position = data[written:], position + written
+    return position - offset
+
+
 def remove_file(path: Path) -> None:
     """Remove `path` durably. Raises FileNotFoundError if it is not there."""
     path.unlink()

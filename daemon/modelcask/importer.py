@@ -1,17 +1,12 @@
 """The importer: writes the blobs of a plan, then commits its manifests.
 
-Tensors are read with pread into one bounded buffer a worker, hashed and written by as many workers as there
-are cores; hashing, reading and writing release the GIL. A tensor that fits the buffer is hashed before
-anything is written, so one that is stored already costs no write. A larger one is hashed and written in one
-pass, unless the index predicts that it is stored already: then it is hashed only, and sha256 decides.
-
-Nothing is visible of an import before its manifests are committed, and nothing of it is left in `tmp/` if
-it fails.
+As many workers as there are cores store tensors and files (`range_store`); hashing, quantizing, reading and
+writing release the GIL. Nothing is visible of an import before its manifests are committed, and nothing of it
+is left in `tmp/` if it fails.
 """
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import math
 import os
@@ -21,39 +16,33 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
-from typing import Any
+from pathlib import PurePosixPath
 
-import xxhash
-
-from modelcask import durable, source, upstream
+from modelcask import source, upstream
 from modelcask.blobs import Ingestion
 from modelcask.digest import Digest
-from modelcask.errors import IndexFailed, Interrupted, InvalidModelFolder, SourceChanged
+from modelcask.errors import IndexFailed, Interrupted, InvalidModelFolder
 from modelcask.manifests import (
     CONFIG_TYPE,
     FILE_TYPE,
     HEADER_TYPE,
     JSON_TYPE,
     MODEL_INDEX,
+    REPORT_TYPE,
     TENSOR_TYPE,
     Layer,
     Manifest,
 )
 from modelcask.names import ModelName
 from modelcask.plan import MAX_JSON, ImportPlan, ModelPlan, Shard
+from modelcask.quantize import eligible, quantized_layout
+from modelcask.quantize.report import QuantizationReport
+from modelcask.range_store import RangeStore, SourceRange
 from modelcask.safetensors_layout import TensorEntry, blob_header
 from modelcask.source import LeftOut, SourceFile
 from modelcask.store import Store
 
 log = logging.getLogger("modelcask")
-
-# One a worker. Nearly all tensors of today's models fit, and two of them stay far below the 300 MB an import may take.
-_BUFFER = 32 << 20
-# Pieces in which larger tensors pass through: what is read should still be in the CPU's cache when hashed.
-_PIECE = 1 << 20
-_SAMPLE = 64 << 10
-assert max(_PIECE, _SAMPLE) <= _BUFFER  # both pass through the buffer
 
 Report = Callable[[int, int], None]
 
@@ -95,7 +84,10 @@ def run_import(store: Store, plan: ImportPlan, *, report: Report, stop: threadin
     started = time.monotonic()
     with store.ingestion() as ingestion:
         work = _Work(store, ingestion, plan, report, stop)
-        work.store_sources()
+        try:
+            work.store_sources()
+        except Interrupted:
+            raise Interrupted(str(plan.folder.root)) from None
         manifests = [(model, work.manifest(model)) for model in plan.models]
         ingestion.flush()
         source.check_unchanged(plan.folder)
@@ -105,15 +97,16 @@ def run_import(store: Store, plan: ImportPlan, *, report: Report, stop: threadin
             digest = store.manifests.write(name, manifest, temporary=ingestion.temporary_name())
             results.append(work.result(model, name, manifest, digest, time.monotonic() - started))
     try:
-        _record(store, plan, work.predictions, results)
+        _record(store, plan, work.ranges, results)
     except IndexFailed as error:
         # The manifests are committed: the import is done, whatever becomes of its history.
         log.warning("%s", error)
     return results
 
 
-def _record(store: Store, plan: ImportPlan, predictions: dict[bytes, Digest], results: list[ImportResult]) -> None:
-    store.index.remember_predictions(predictions)
+def _record(store: Store, plan: ImportPlan, ranges: RangeStore, results: list[ImportResult]) -> None:
+    store.index.remember_predictions(ranges.predictions)
+    store.index.remember_quantizations(ranges.quantizations)
     for result in results:
         store.index.record_import(
             name=str(result.name),
@@ -135,12 +128,14 @@ class _Work:
     report: Report
     stop: threading.Event
     tensors: dict[tuple[PurePosixPath, str], Layer] = field(default_factory=dict)
+    costs: dict[str, tuple[float, float]] = field(default_factory=dict)
     files: dict[PurePosixPath, Layer] = field(default_factory=dict)
-    new: set[Digest] = field(default_factory=set)
-    predictions: dict[bytes, Digest] = field(default_factory=dict)
     done_bytes: int = 0
+    total_bytes: int = 0
     lock: threading.Lock = field(default_factory=threading.Lock)
-    local: threading.local = field(default_factory=threading.local)
+
+    def __post_init__(self) -> None:
+        self.ranges = RangeStore(self.ingestion, self.store, self.stop, self._advance)
 
     def store_sources(self) -> None:
         """Store the tensors of all shards and all other files, each once."""
@@ -174,12 +169,11 @@ class _Work:
             for shard in model.shards
             for tensor in sorted(shard.layout.tensors, key=lambda tensor: tensor.name)
         ]
-        encoder = by_path.get("text_encoder/config.json")
         try:
             index = upstream.normalized_model_index(
                 model.model_index,
                 parameter_count=_parameter_count(model.shards),
-                quantization=upstream.source_dtype(source.read(encoder, limit=MAX_JSON)) if encoder else "",
+                quantization=self._quantization(by_path.get("text_encoder/config.json")),
             )
         except ValueError as error:
             where = self.plan.folder.root / MODEL_INDEX
@@ -189,16 +183,25 @@ class _Work:
         layers += [self._layer(JSON_TYPE, path) for path in of_upstream]
         layers += [self._layer(FILE_TYPE, path) for path in sorted(by_path.keys() - set(of_upstream))]
         layers += [self._put(HEADER_TYPE, str(shard.file.path), shard.layout.header) for shard in model.shards]
+        if self.plan.quantize is not None:
+            layers.append(self._put(REPORT_TYPE, "", QuantizationReport(self.plan.quantize, self.costs).encode()))
         config = self._put(CONFIG_TYPE, "", upstream.config_blob(model.model_index))
         return Manifest(config, tuple(layers))
+
+    def _quantization(self, text_encoder_config: SourceFile | None) -> str:
+        if self.plan.quantize is not None:
+            return self.plan.quantize.name.upper()
+        if text_encoder_config is None:
+            return ""
+        return upstream.source_dtype(source.read(text_encoder_config, limit=MAX_JSON))
 
     def result(
         self, model: ModelPlan, name: ModelName, manifest: Manifest, digest: Digest, seconds: float
     ) -> ImportResult:
         """What importing `model` came to. A blob that two models share is new in the first only."""
         blobs = manifest.blobs()
-        new = {digest: size for digest, size in blobs.items() if digest in self.new}
-        self.new -= new.keys()
+        new = {digest: size for digest, size in blobs.items() if digest in self.ranges.new}
+        self.ranges.new -= new.keys()
         return ImportResult(
             name=name,
             manifest=digest,
@@ -216,107 +219,25 @@ class _Work:
     def _store_tensor(self, fd: int, shard: Shard, tensor: TensorEntry) -> None:
         header = blob_header(tensor.name, tensor.dtype, tensor.shape, tensor.nbytes)
         offset = shard.layout.data_start + tensor.begin
-        digest = self._store_range(fd, shard.file.host, header, offset, tensor.nbytes)
-        layer = Layer(TENSOR_TYPE, digest, len(header) + tensor.nbytes, f"{shard.component}/{tensor.name}")
-        self.tensors[shard.file.path, tensor.name] = layer
+        range_ = SourceRange(fd, shard.file.host, header, offset, tensor.nbytes)
+        name = f"{shard.component}/{tensor.name}"
+        key = (shard.file.path, tensor.name)
+        qtype = self.plan.quantize
+        if qtype is None or eligible(shard.component, tensor.name, tensor.dtype, tensor.shape, qtype) is not None:
+            self.tensors[key] = Layer(TENSOR_TYPE, self.ranges.store(range_), range_.blob_size, name)
+            return
+        layout = quantized_layout(tensor.name, tensor.dtype, tensor.shape, qtype)
+        done = self.ranges.store_quantized(range_, tensor.dtype, layout)
+        self.tensors[key] = Layer(TENSOR_TYPE, done.blob, layout.size, name)
+        self.costs[name] = (done.squared_error, done.squared_source)
 
     def _store_file(self, file: SourceFile) -> None:
         with source.opened(file) as fd:
-            digest = self._store_range(fd, file.host, b"", 0, file.size)
+            digest = self.ranges.store(SourceRange(fd, file.host, b"", 0, file.size))
         self.files[file.path] = Layer(FILE_TYPE, digest, file.size, str(file.path))
 
-    def _store_range(self, fd: int, where: Path, header: bytes, offset: int, length: int) -> Digest:
-        """Store `header` and `length` bytes of the source as one blob."""
-        if length > _BUFFER:
-            return self._store_large(fd, where, header, offset, length)
-        data = self._buffer()[:length]
-        self._read(fd, where, data, offset)
-        self._advance(length)
-        digest = Digest.of(header, data)
-        size = len(header) + length
-        if not self.ingestion.has(digest, size):
-            with _Temporary(self.ingestion) as temporary:
-                temporary.write(header)
-                temporary.write(data)
-                durable.start_writeback(temporary.fd)
-            self._stage(temporary.path, digest, size)
-        return digest
-
-    def _store_large(self, fd: int, where: Path, header: bytes, offset: int, length: int) -> Digest:
-        size = len(header) + length
-        sample = self._sample(fd, where, header, offset, length)
-        predicted = self.store.index.predicted(sample)
-        if predicted is not None and self.ingestion.has(predicted, size):
-            digest = self._pass_through(fd, where, header, offset, length, lambda _: None)
-            if self.ingestion.has(digest, size):
-                self._advance(length)
-                return digest
-        with _Temporary(self.ingestion) as temporary:
-            digest = self._pass_through(fd, where, header, offset, length, temporary.write)
-            durable.start_writeback(temporary.fd)
-        self._stage(temporary.path, digest, size)
-        self._advance(length)
-        with self.lock:
-            self.predictions[sample] = digest
-        return digest
-
-    def _pass_through(
-        self,
-        fd: int,
-        where: Path,
-        header: bytes,
-        offset: int,
-        length: int,
-        write: Callable[[memoryview], None],
-    ) -> Digest:
-        """Hash `header` and a range of the source piece by piece, handing each piece to `write`."""
-        sha = hashlib.sha256(header)
-        write(memoryview(header))
-        for begin in range(0, length, _PIECE):
-            piece = self._buffer()[: min(_PIECE, length - begin)]
-            self._read(fd, where, piece, offset + begin)
-            sha.update(piece)
-            write(piece)
-        return Digest(sha.hexdigest())
-
-    def _sample(self, fd: int, where: Path, header: bytes, offset: int, length: int) -> bytes:
-        """What a large range is recognized by: its blob header and three pieces of its data."""
-        hasher = xxhash.xxh3_128(header)
-        for begin in (0, (length - _SAMPLE) // 2, length - _SAMPLE):
-            piece = self._buffer()[:_SAMPLE]
-            self._read(fd, where, piece, offset + begin)
-            hasher.update(piece)
-        return hasher.digest()
-
-    def _read(self, fd: int, where: Path, target: memoryview, offset: int) -> None:
-        while target:
-            if self.stop.is_set():
-                raise Interrupted(str(self.plan.folder.root))
-            try:
-                count = os.preadv(fd, [target], offset)
-            except OSError as error:
-                error.filename = str(where)
-                raise
-            if count == 0:
-                raise SourceChanged(where)
-            target, offset = target[count:], offset + count
-
-    def _buffer(self) -> memoryview:
-        if not hasattr(self.local, "buffer"):
-            self.local.buffer = memoryview(bytearray(_BUFFER))
-        buffer: memoryview = self.local.buffer
-        return buffer
-
     def _put(self, media_type: str, name: str, data: bytes) -> Layer:
-        digest = Digest.of(data)
-        if self.ingestion.put(data, digest):
-            self.new.add(digest)
-        return Layer(media_type, digest, len(data), name)
-
-    def _stage(self, temporary: Path, digest: Digest, size: int) -> None:
-        if self.ingestion.stage(temporary, digest, size):
-            with self.lock:
-                self.new.add(digest)
+        return Layer(media_type, self.ranges.put(data), len(data), name)
 
     def _layer(self, media_type: str, path: str) -> Layer:
         stored = self.files[PurePosixPath(path)]
@@ -327,28 +248,6 @@ class _Work:
             self.done_bytes += count
             done = self.done_bytes
         self.report(done, self.total_bytes)
-
-
-class _Temporary:
-    """A temporary file being written; removed if the body fails, left for staging if not."""
-
-    def __init__(self, ingestion: Ingestion) -> None:
-        self.fd, self.path = ingestion.create_temporary()
-
-    def write(self, data: bytes | memoryview) -> None:
-        try:
-            durable.write_all(self.fd, data)
-        except OSError as error:
-            error.filename = str(self.path)
-            raise
-
-    def __enter__(self) -> _Temporary:
-        return self
-
-    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
-        os.close(self.fd)
-        if kind is not None:
-            self.path.unlink()
 
 
 def _parameter_count(shards: Iterable[Shard]) -> int:

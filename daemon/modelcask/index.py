@@ -24,6 +24,16 @@ CREATE TABLE IF NOT EXISTS predictions (
     sample BLOB PRIMARY KEY,
     digest TEXT NOT NULL                -- sha256:<hex> of the blob
 ) WITHOUT ROWID;
+-- What a tensor was quantized to, so that one that is met again is neither quantized nor written again.
+CREATE TABLE IF NOT EXISTS quantizations (
+    source TEXT NOT NULL,               -- sha256:<hex> of the tensor's blob as it would be stored unquantized
+    type TEXT NOT NULL,                 -- int4, …
+    kernel INTEGER NOT NULL,            -- KERNEL_VERSION of the kernels that made it
+    blob TEXT NOT NULL,                 -- sha256:<hex>
+    squared_error REAL NOT NULL,        -- sum over the tensor of (dequantized - source)²
+    squared_source REAL NOT NULL,       -- sum of source²
+    PRIMARY KEY (source, type, kernel)
+) WITHOUT ROWID;
 -- One row a drop: what the watcher last knew of it.
 CREATE TABLE IF NOT EXISTS drops (
     path TEXT PRIMARY KEY,              -- absolute
@@ -62,6 +72,24 @@ class Drop:
     error: str | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class QuantizationKey:
+    """What decides a quantized blob: the unquantized one, the type, the kernels' version."""
+
+    source: Digest
+    qtype: str
+    kernel: int
+
+
+@dataclass(frozen=True, slots=True)
+class Quantization:
+    """A row of `quantizations` without its key."""
+
+    blob: Digest
+    squared_error: float
+    squared_source: float
+
+
 class Index:
     """The open database. Threads and processes may share it; a writer waits up to 30 s for another.
 
@@ -93,6 +121,26 @@ class Index:
             db.executemany(
                 "INSERT OR REPLACE INTO predictions VALUES (?, ?)",
                 [(sample, str(digest)) for sample, digest in predictions.items()],
+            )
+
+    def quantization(self, key: QuantizationKey) -> Quantization | None:
+        """What a tensor was quantized to before. Whether that blob still exists is not known here."""
+        with self._using():
+            row = self._db.execute(
+                "SELECT blob, squared_error, squared_source FROM quantizations"
+                " WHERE source = ? AND type = ? AND kernel = ?",
+                (str(key.source), key.qtype, key.kernel),
+            ).fetchone()
+        return Quantization(Digest.parse(row[0]), row[1], row[2]) if row else None
+
+    def remember_quantizations(self, quantizations: dict[QuantizationKey, Quantization]) -> None:
+        with self._transaction() as db:
+            db.executemany(
+                "INSERT OR REPLACE INTO quantizations VALUES (?, ?, ?, ?, ?, ?)",
+                [
+                    (str(key.source), key.qtype, key.kernel, str(done.blob), done.squared_error, done.squared_source)
+                    for key, done in quantizations.items()
+                ],
             )
 
     def record_import(

@@ -23,6 +23,8 @@ TENSOR_TYPE = "application/vnd.ollama.image.tensor"
 JSON_TYPE = "application/vnd.ollama.image.json"
 FILE_TYPE = "application/vnd.modelcask.file"
 HEADER_TYPE = "application/vnd.modelcask.safetensors.header"
+# What quantizing cost; stands last, in quantized models only, and shows in no view.
+REPORT_TYPE = "application/vnd.modelcask.quantization"
 
 MODEL_INDEX = "model_index.json"
 

@@ -18,6 +18,7 @@ from modelcask import source
 from modelcask.errors import InvalidModelFolder
 from modelcask.manifests import MODEL_INDEX
 from modelcask.names import DEFAULT_TAG, ModelName
+from modelcask.quantize import QUANT_TYPES, QuantType
 from modelcask.safetensors_layout import ShardLayout, read_layout, strict_json
 from modelcask.source import LeftOut, SourceFile, SourceFolder
 
@@ -79,11 +80,17 @@ class ImportPlan:
     """All manifests of one folder."""
 
     folder: SourceFolder
+    quantize: QuantType | None
     models: tuple[ModelPlan, ...]
 
 
 def plan_import(
-    folder: SourceFolder, *, name: str | None = None, namespace: str | None = None, variant: str | None = None
+    folder: SourceFolder,
+    *,
+    name: str | None = None,
+    namespace: str | None = None,
+    variant: str | None = None,
+    quantize: str | None = None,
 ) -> ImportPlan:
     """Plan the import of `folder`.
 
@@ -91,6 +98,8 @@ def plan_import(
         name: the model's name; by default the folder's (for a Hugging Face snapshot, its repository's).
         namespace: goes before a name taken from the folder.
         variant: import only the weights of this variant.
+        quantize: the type to quantize to. Then only one manifest is made, of the default weights or of
+            `variant`, and its tag, where the name has to be made, is the type.
 
     Raises:
         InvalidModelFolder: no model_index.json, a component or shard missing, no such variant.
@@ -102,13 +111,19 @@ def plan_import(
     check_components(folder, model_index, shards)
     for index_file in folder.files:
         check_shard_index(folder, index_file)
+    qtype = None if quantize is None else QUANT_TYPES[quantize]
     base, tag = _base_name(folder.root, name=name, namespace=namespace)
-    variants = _choose_variants(folder, shards, variant)
-    models = [_plan_model(folder, model_index, shards, chosen, _tagged(base, tag, chosen)) for chosen in variants]
+    if qtype is not None:
+        tag = tag or (qtype.name if name is None else DEFAULT_TAG)
+    models = [
+        _plan_model(folder, model_index, shards, chosen, base.with_tag(tag) if qtype else _tagged(base, tag, chosen))
+        for chosen in _choose_variants(folder, shards, variant, quantized=qtype is not None)
+    ]
     imported = {file.path for model in models for file in _all_files(model)}
-    unused = [LeftOut(str(file.path), _why_unused(variant)) for file in folder.files if file.path not in imported]
+    why = _why_unused(variant, quantized=qtype is not None)
+    unused = [LeftOut(str(file.path), why) for file in folder.files if file.path not in imported]
     left_out = tuple(sorted((*folder.left_out, *unused), key=lambda entry: entry.path))
-    return ImportPlan(folder, tuple(replace(model, left_out=left_out) for model in models))
+    return ImportPlan(folder, qtype, tuple(replace(model, left_out=left_out) for model in models))
 
 
 def read_model_index(folder: SourceFolder) -> dict[str, Any]:
@@ -247,7 +262,9 @@ def _tagged(base: ModelName, tag: str, variant: str | None) -> ModelName:
     return base.with_tag(f"{tag}-{variant}" if tag else variant)
 
 
-def _choose_variants(folder: SourceFolder, shards: list[Shard], wanted: str | None) -> list[str | None]:
+def _choose_variants(
+    folder: SourceFolder, shards: list[Shard], wanted: str | None, *, quantized: bool
+) -> list[str | None]:
     present = sorted({shard.variant for shard in shards if shard.variant is not None})
     if wanted is not None:
         if wanted not in present:
@@ -258,6 +275,11 @@ def _choose_variants(folder: SourceFolder, shards: list[Shard], wanted: str | No
     for shard in shards:
         by_component[shard.component].add(shard.variant)
     default_is_complete = all(None in variants for variants in by_component.values())
+    if quantized:
+        if not default_is_complete:
+            known = f"choose the weights to quantize with --variant ({', '.join(present)})"
+            raise InvalidModelFolder(folder.root, "has no default weights in every component", known)
+        return [None]
     return [*([None] if default_is_complete else []), *present]
 
 
@@ -305,7 +327,9 @@ def _all_files(model: ModelPlan) -> Iterable[SourceFile]:
     yield from model.files
 
 
-def _why_unused(variant: str | None) -> str:
+def _why_unused(variant: str | None, *, quantized: bool) -> str:
     if variant is not None:
         return f"not of the variant {variant}"
+    if quantized:
+        return "weights of a variant; a quantized import takes the default ones, or those of --variant"
     return "default weights of a component that has a variant, while another component has only the variant"

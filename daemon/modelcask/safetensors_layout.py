@@ -14,7 +14,7 @@ import json
 import math
 import os
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -167,10 +167,25 @@ def parse_header(header: bytes, where: Path) -> ShardLayout:
 def blob_header(name: str, dtype: str, shape: tuple[int, ...], nbytes: int) -> bytes:
     """The bytes that stand before a single tensor's data in its blob, the eight length bytes included.
 
-    They are those upstream's importer writes: Go's JSON, padded with spaces to a multiple of eight.
+    They are those upstream's importer writes.
     """
-    text = gojson.compact({name: {"dtype": dtype, "shape": list(shape), "data_offsets": [0, nbytes]}})
-    text += b" " * (-len(text) % 8)
+    return encode_header([TensorEntry(name, dtype, shape, 0, nbytes)])
+
+
+def encode_header(
+    tensors: Iterable[TensorEntry], *, metadata: Mapping[str, str] | None = None, alignment: int = 8
+) -> bytes:
+    """The bytes that stand before the data of `tensors`, the eight length bytes included.
+
+    The JSON is Go's, keys in the order given, padded with spaces so that the data begins at a multiple of
+    `alignment` (which divides by eight).
+    """
+    fields: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    for tensor in tensors:
+        offsets = [tensor.begin, tensor.end]
+        fields[tensor.name] = {"dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": offsets}
+    text = gojson.compact(fields)
+    text += b" " * (-(8 + len(text)) % alignment)
     return struct.pack("<Q", len(text)) + text
 
 

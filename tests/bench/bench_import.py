@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import resource
 import shutil
 import subprocess
 import sys
@@ -17,7 +15,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
 from made_models import write_model
-from report import alternate, print_machine
+from report import alternate, peak_rss_mib, print_machine
 
 
 def main() -> None:
@@ -59,15 +57,18 @@ def main() -> None:
         peer = medians["cp -r + sync"]
         print(f"import / (cp -r + sync):       {medians['import'] / peer:.2f}")
         print(f"import again / (cp -r + sync): {medians['import again'] / peer:.2f}")
-        peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024
-        print(f"peak RSS of any import or cp:  {peak:.0f} MiB")
+        shutil.rmtree(work / "store")
+        print(f"peak RSS of an import:         {peak_rss_mib(import_command(model, work / 'store')):.0f} MiB")
 
 
 def run_import(model: Path, store: Path) -> object:
     """Import through the command line, as a user does."""
-    command = [sys.executable, "-m", "modelcask", "import", str(model), "--store", str(store), "--json"]
-    done = subprocess.run(command, check=True, capture_output=True, text=True, env={**os.environ})
+    done = subprocess.run(import_command(model, store), check=True, capture_output=True)
     return json.loads(done.stdout)
+
+
+def import_command(model: Path, store: Path) -> list[str]:
+    return [sys.executable, "-m", "modelcask", "import", str(model), "--store", str(store), "--json"]
 
 
 def warm(folder: Path) -> None:

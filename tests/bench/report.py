@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 import platform
 import statistics
+import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 
@@ -24,6 +25,23 @@ def print_machine(cache_state: str) -> None:
     print(f"machine: {model}, {os.cpu_count()} cores, Linux {platform.release()}, Python {platform.python_version()}")
     print(f"command: python {' '.join(sys.argv)}")
     print(f"cache:   {cache_state}")
+
+
+_MEASURE = """
+import resource, subprocess, sys
+status = subprocess.run(sys.argv[1:], stdout=subprocess.DEVNULL).returncode
+print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
+sys.exit(status)
+"""
+
+
+def peak_rss_mib(command: Sequence[str], environment: Mapping[str, str] | None = None) -> float:
+    """The peak memory of a command, which must succeed.
+
+    A small process stands between: one that is forked from a large one is born with its parent's peak.
+    """
+    measure = [sys.executable, "-c", _MEASURE, *command]
+    return int(subprocess.run(measure, check=True, capture_output=True, env=environment).stdout) / 1024
 
 
 def alternate(sides: Mapping[str, Callable[[], object]], *, rounds: int) -> dict[str, float]:

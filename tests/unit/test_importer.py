@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from folders import tensor, write_component, write_model
-from modelcask import importer, plan, source
+from modelcask import importer, plan, range_store, source
 from modelcask.errors import Interrupted, SourceChanged
 from modelcask.manifests import FILE_TYPE, HEADER_TYPE, TENSOR_TYPE
 from modelcask.names import ModelName
@@ -127,7 +127,7 @@ def test_a_tensor_larger_than_the_buffer_is_recognized_and_not_written_again(
     )
     assert store.blobs.read(layer.digest, layer.size)[-20_000:] == large["large.weight"].data
 
-    monkeypatch.setattr(importer, "_Temporary", None)  # whatever would be written fails
+    monkeypatch.setattr(range_store, "_Temporary", None)  # whatever would be written fails
     (again,) = import_folder(store, folder)
     assert again.new_blobs == 0
     monkeypatch.undo()
@@ -140,9 +140,9 @@ def test_a_tensor_larger_than_the_buffer_is_recognized_and_not_written_again(
 
 
 def _treat_as_large(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(importer, "_BUFFER", 4096)
-    monkeypatch.setattr(importer, "_SAMPLE", 1000)
-    monkeypatch.setattr(importer, "_PIECE", 3000)
+    monkeypatch.setattr(range_store, "_BUFFER", 4096)
+    monkeypatch.setattr(range_store, "_SAMPLE", 1000)
+    monkeypatch.setattr(range_store, "_PIECE", 3000)
 
 
 def _samples(store: Store) -> list[bytes]:

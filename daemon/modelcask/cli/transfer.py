@@ -18,6 +18,7 @@ from modelcask.cli.output import (
 )
 from modelcask.errors import printable
 from modelcask.importer import ImportResult
+from modelcask.quantize import QUANT_TYPES
 from modelcask.store import Store
 
 
@@ -25,9 +26,14 @@ from modelcask.store import Store
 @click.argument("folder", type=click.Path(path_type=Path), metavar="DIR")
 @click.option("--name", metavar="NAME", help="The model's name, [namespace/]name[:tag]; else the folder's.")
 @click.option("--variant", metavar="V", help="Import only the weights of this variant, such as fp16.")
+@click.option(
+    "--quantize", metavar="T", type=click.Choice(list(QUANT_TYPES)), help="Quantize: " + ", ".join(QUANT_TYPES) + "."
+)
 @store_option
 @json_option
-def import_command(folder: Path, name: str | None, variant: str | None, root: Path, *, as_json: bool) -> None:
+def import_command(
+    folder: Path, name: str | None, variant: str | None, quantize: str | None, root: Path, *, as_json: bool
+) -> None:
     """Store the diffusers model in the folder DIR.
 
     Tensors that are stored already, from whatever model, are not stored again. Weights with a variant
@@ -35,10 +41,13 @@ def import_command(folder: Path, name: str | None, variant: str | None, root: Pa
     reason. Every byte is durable when the command returns, and the mounted model is byte for byte the
     folder: you can delete it.
 
+    With --quantize, the large matrices of all components but the VAE are stored in 4 or 8 bits; `modelcask
+    show` tells what that cost in precision. Keep the folder if you want the original weights back.
+
     \b
       modelcask import ~/Downloads/FLUX.1-schnell --name black-forest-labs/flux.1-schnell
     """
-    planned = plan.plan_import(source.look(folder), name=name, variant=variant)
+    planned = plan.plan_import(source.look(folder), name=name, variant=variant, quantize=quantize)
     store = Store.create(root)
     names = ", ".join(str(model.name) for model in planned.models)
     with stopping_on_signals() as stop, progress(f"importing {names}", quiet=as_json) as report:

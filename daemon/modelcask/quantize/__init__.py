@@ -6,7 +6,17 @@ every start; `kernels` (fast) and `reference` (readable) do, and are imported wh
 
 from __future__ import annotations
 
+from modelcask.quantize.blob import QuantizedLayout, quantized_layout, stored_layout
 from modelcask.quantize.eligibility import eligible
 from modelcask.quantize.types import KERNEL_VERSION, QUANT_TYPES, SOURCE_DTYPES, QuantType
 
-__all__ = ["KERNEL_VERSION", "QUANT_TYPES", "SOURCE_DTYPES", "QuantType", "eligible"]
+__all__ = [
+    "KERNEL_VERSION",
+    "QUANT_TYPES",
+    "SOURCE_DTYPES",
+    "QuantType",
+    "QuantizedLayout",
+    "eligible",
+    "quantized_layout",
+    "stored_layout",
+]

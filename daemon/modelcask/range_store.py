@@ -1,0 +1,299 @@
+"""Storing a range of a source file as a blob: as it is, or quantized.
+
+Ranges are read with pread into one bounded buffer a thread. What fits the buffer is hashed before anything is
+written, so what is stored already costs no write. A larger range would have to be read twice for that; it is
+hashed and written in one pass, unless the index predicts, from samples of its bytes, that it is stored
+already: then it is hashed only, and sha256 decides.
+
+A tensor to be quantized is known by the digest it would have unquantized; one that was quantized before, and
+whose blob is still there, is neither quantized nor written again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import xxhash
+
+from modelcask import durable
+from modelcask.blobs import Ingestion
+from modelcask.digest import Digest
+from modelcask.errors import Interrupted, SourceChanged
+from modelcask.index import Quantization, QuantizationKey
+from modelcask.quantize import KERNEL_VERSION, QuantizedLayout
+from modelcask.store import Store
+
+# One a thread. Nearly all tensors of today's models fit.
+_BUFFER = 32 << 20
+# Pieces in which a range passes through: what is read should still be in the CPU's cache when it is hashed and
+# quantized. A whole number of groups of every quantization type and dtype.
+_PIECE = 1 << 20
+_SAMPLE = 64 << 10
+assert max(_PIECE, _SAMPLE) <= _BUFFER  # both pass through the buffer
+
+
+@dataclass(frozen=True, slots=True)
+class SourceRange:
+    """`length` bytes at `offset` of the open file `fd`; `header` goes before them in the blob.
+
+    Attributes:
+        where: the file, for errors.
+    """
+
+    fd: int
+    where: Path
+    header: bytes
+    offset: int
+    length: int
+
+    @property
+    def blob_size(self) -> int:
+        return len(self.header) + self.length
+
+
+class RangeStore:
+    """Stores ranges through one ingestion. Threads may share it.
+
+    Attributes:
+        new: the blobs that were not stored before.
+        predictions, quantizations: what the index should remember of this work.
+    """
+
+    def __init__(
+        self, ingestion: Ingestion, store: Store, stop: threading.Event, advance: Callable[[int], None]
+    ) -> None:
+        """
+        Args:
+            store: its index is opened when it is needed first.
+            stop: when set, whatever is under way ends soon with `Interrupted`.
+            advance: told the source's bytes that are done, in portions.
+        """
+        self._ingestion = ingestion
+        self._store = store
+        self._stop = stop
+        self._advance = advance
+        self._local = threading.local()
+        self._lock = threading.Lock()
+        self.new: set[Digest] = set()
+        self.predictions: dict[bytes, Digest] = {}
+        self.quantizations: dict[QuantizationKey, Quantization] = {}
+
+    def store(self, source: SourceRange) -> Digest:
+        """Store the range as it is."""
+        if source.length <= _BUFFER:
+            data = self._read_whole(source)
+            digest = Digest.of(source.header, data)
+            if not self._ingestion.has(digest, source.blob_size):
+                with _Temporary(self._ingestion) as temporary:
+                    temporary.append(source.header)
+                    temporary.append(data)
+                self._stage(temporary, digest, source.blob_size)
+            return digest
+        sample = self._sample(source)
+        predicted = self._store.index.predicted(sample)
+        if predicted is not None and self._ingestion.has(predicted, source.blob_size):
+            digest = self._pass_through(source, lambda _: None)
+            if self._ingestion.has(digest, source.blob_size):
+                return digest
+            self._advance(-source.length)  # a wrong prediction: once more
+        with _Temporary(self._ingestion) as temporary:
+            temporary.append(source.header)
+            digest = self._pass_through(source, temporary.append)
+        self._stage(temporary, digest, source.blob_size)
+        self._predict(sample, digest)
+        return digest
+
+    def store_quantized(self, source: SourceRange, dtype: str, layout: QuantizedLayout) -> Quantization:
+        """Store the range, a tensor of `dtype` whose unquantized blob begins with `source.header`, quantized."""
+        if source.length <= _BUFFER:
+            data = self._read_whole(source)
+            key = self._key(Digest.of(source.header, data), layout)
+            known = self._known_quantization(key, layout)
+            if known is None:
+                with _QuantizedFile(self._ingestion, dtype, layout) as file:
+                    for begin in range(0, source.length, _PIECE):
+                        self._check_stop()
+                        file.add(data[begin : begin + _PIECE])
+                    known = file.finish()
+                self._remember_quantized(key, known, file, layout)
+            return known
+        sample = self._sample(source)
+        predicted = self._store.index.predicted(sample)
+        if predicted is not None and self._known_quantization(self._key(predicted, layout), layout) is not None:
+            key = self._key(self._pass_through(source, lambda _: None), layout)
+            known = self._known_quantization(key, layout)
+            if known is not None:
+                return known
+            self._advance(-source.length)  # a wrong prediction: once more
+        with _QuantizedFile(self._ingestion, dtype, layout) as file:
+            key = self._key(self._pass_through(source, file.add), layout)
+            known = file.finish()
+        self._remember_quantized(key, known, file, layout)
+        self._predict(sample, key.source)
+        return known
+
+    def put(self, data: bytes) -> Digest:
+        """Store a small blob that is no range of a file."""
+        digest = Digest.of(data)
+        if self._ingestion.put(data, digest):
+            self._note_new(digest)
+        return digest
+
+    def _key(self, source: Digest, layout: QuantizedLayout) -> QuantizationKey:
+        return QuantizationKey(source, layout.qtype.name, KERNEL_VERSION)
+
+    def _known_quantization(self, key: QuantizationKey, layout: QuantizedLayout) -> Quantization | None:
+        """What the tensor was quantized to, if that is still stored."""
+        known = self.quantizations.get(key) or self._store.index.quantization(key)
+        return known if known is not None and self._ingestion.has(known.blob, layout.size) else None
+
+    def _remember_quantized(
+        self, key: QuantizationKey, done: Quantization, file: _QuantizedFile, layout: QuantizedLayout
+    ) -> None:
+        self._stage(file, done.blob, layout.size)
+        with self._lock:
+            self.quantizations[key] = done
+
+    def _predict(self, sample: bytes, digest: Digest) -> None:
+        with self._lock:
+            self.predictions[sample] = digest
+
+    def _read_whole(self, source: SourceRange) -> memoryview:
+        """All bytes of a range that fits the buffer; good until this thread's next."""
+        data = self._buffer()[: source.length]
+        self._read(source, data, 0)
+        self._advance(source.length)
+        return data
+
+    def _pass_through(self, source: SourceRange, consume: Callable[[memoryview], None]) -> Digest:
+        """Hash the header and the range piece by piece, handing the range's pieces on."""
+        sha = hashlib.sha256(source.header)
+        for begin in range(0, source.length, _PIECE):
+            piece = self._buffer()[: min(_PIECE, source.length - begin)]
+            self._read(source, piece, begin)
+            sha.update(piece)
+            consume(piece)
+            self._advance(len(piece))
+        return Digest(sha.hexdigest())
+
+    def _sample(self, source: SourceRange) -> bytes:
+        """What a large range is recognized by: its blob header and three pieces of its data."""
+        hasher = xxhash.xxh3_128(source.header)
+        for begin in (0, (source.length - _SAMPLE) // 2, source.length - _SAMPLE):
+            piece = self._buffer()[:_SAMPLE]
+            self._read(source, piece, begin)
+            hasher.update(piece)
+        return hasher.digest()
+
+    def _read(self, source: SourceRange, target: memoryview, skip: int) -> None:
+        position = source.offset + skip
+        while target:
+            self._check_stop()
+            with _naming(source.where):
+                count = os.preadv(source.fd, [target], position)
+            if count == 0:
+                raise SourceChanged(source.where)
+            target, position = target[count:], position + count
+
+    def _check_stop(self) -> None:
+        if self._stop.is_set():
+            raise Interrupted("import")
+
+    def _buffer(self) -> memoryview:
+        if not hasattr(self._local, "buffer"):
+            self._local.buffer = memoryview(bytearray(_BUFFER))
+        buffer: memoryview = self._local.buffer
+        return buffer
+
+    def _stage(self, temporary: _Temporary, digest: Digest, size: int) -> None:
+        if self._ingestion.stage(temporary.path, digest, size):
+            self._note_new(digest)
+
+    def _note_new(self, digest: Digest) -> None:
+        with self._lock:
+            self.new.add(digest)
+
+
+class _Temporary:
+    """A temporary file being written; removed if the body fails, left for staging if not."""
+
+    def __init__(self, ingestion: Ingestion) -> None:
+        self.fd, self.path = ingestion.create_temporary()
+
+    def append(self, data: bytes | memoryview) -> None:
+        """Write at the file's position."""
+        with _naming(self.path):
+            durable.write_all(self.fd, data)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is None:
+            durable.start_writeback(self.fd)
+        os.close(self.fd)
+        if kind is not None:
+            self.path.unlink()
+
+
+class _QuantizedFile(_Temporary):
+    """A quantized blob being made from the pieces of its tensor, in order."""
+
+    def __init__(self, ingestion: Ingestion, dtype: str, layout: QuantizedLayout) -> None:
+        # Here, so that an import that quantizes nothing loads neither numpy nor numba.
+        import numpy as np
+
+        from modelcask.quantize import arrays, kernels
+
+        super().__init__(ingestion)
+        self._numpy = np
+        self._arrays = arrays
+        self._dtype = dtype
+        self._bits = arrays.BIT_DTYPES[dtype]
+        self._layout = layout
+        self._kernels = kernels
+        self._deviation = kernels.Deviation()
+        self._sha = hashlib.sha256(layout.header)
+        self._ends = [layout.offset(part) for part in range(len(layout.parts))]
+        self.append(layout.header)
+
+    def add(self, piece: memoryview) -> None:
+        """Quantize the next piece, a whole number of groups, and write its parts to their places."""
+        source = self._numpy.frombuffer(piece, self._bits)
+        made = self._arrays.Quantized.empty(self._layout.qtype, self._dtype, (source.size,))
+        self._deviation += self._kernels.quantize_groups(self._layout.qtype, self._dtype, source, made)
+        self._sha.update(made.packed.data)
+        parts = (made.packed, made.scales, made.biases)
+        with _naming(self.path):
+            for number, part in enumerate(part for part in parts if part is not None):
+                self._ends[number] += durable.write_at(self.fd, part.data.cast("B"), self._ends[number])
+
+    def finish(self) -> Quantization:
+        """Hash what follows the packed words, read back from the page cache: it may not fit into memory."""
+        position, end = self._layout.offset(1), self._layout.size
+        while position < end:
+            piece = os.pread(self.fd, min(_PIECE, end - position), position)
+            self._sha.update(piece)
+            position += len(piece)
+        deviation = self._deviation
+        return Quantization(Digest(self._sha.hexdigest()), deviation.squared_error, deviation.squared_source)
+
+
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Give errors of calls on a descriptor the name of its file."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = str(path)
+        raise
