@@ -184,7 +184,8 @@ class _Work:
         layers += [self._layer(FILE_TYPE, path) for path in sorted(by_path.keys() - set(of_upstream))]
         layers += [self._put(HEADER_TYPE, str(shard.file.path), shard.layout.header) for shard in model.shards]
         if self.plan.quantize is not None:
-            layers.append(self._put(REPORT_TYPE, "", QuantizationReport(self.plan.quantize, self.costs).encode()))
+            report = QuantizationReport(self.plan.quantize, self.costs)
+            layers.append(self._put(REPORT_TYPE, self.plan.quantize.name, report.encode()))
         config = self._put(CONFIG_TYPE, "", upstream.config_blob(model.model_index))
         return Manifest(config, tuple(layers))
 

@@ -23,7 +23,7 @@ TENSOR_TYPE = "application/vnd.ollama.image.tensor"
 JSON_TYPE = "application/vnd.ollama.image.json"
 FILE_TYPE = "application/vnd.modelcask.file"
 HEADER_TYPE = "application/vnd.modelcask.safetensors.header"
-# What quantizing cost; stands last, in quantized models only, and shows in no view.
+# What quantizing cost; stands last, named by the type, in quantized models only, and shows in no view.
 REPORT_TYPE = "application/vnd.modelcask.quantization"
 
 MODEL_INDEX = "model_index.json"
@@ -97,6 +97,11 @@ class Manifest:
     def of_type(self, media_type: str) -> Iterator[Layer]:
         """The layers of one media type, in order."""
         return (layer for layer in self.layers if layer.media_type == media_type)
+
+    @property
+    def quantization(self) -> str | None:
+        """The name of the type the model is quantized to, None if it is not."""
+        return next((layer.name for layer in self.of_type(REPORT_TYPE)), None)
 
     @property
     def is_image_model(self) -> bool:
@@ -232,6 +237,13 @@ class ManifestStore:
             return sorted(entry.name for entry in os.scandir(self._root.joinpath(*parts)))
         except (FileNotFoundError, NotADirectoryError):
             return []
+
+    def mentions(self, media_type: str, *parts: str) -> bool:
+        """Whether the manifest at `parts` has a layer of `media_type`; found in its text, which is not parsed."""
+        try:
+            return f'"mediaType":"{media_type}"'.encode() in self._root.joinpath(*parts).read_bytes()
+        except FileNotFoundError:
+            return False
 
     def stat(self, *parts: str) -> os.stat_result | None:
         """The stat of a file or directory below `manifests/`, None where it is missing."""

@@ -17,7 +17,7 @@ from typing import Any
 from modelcask import source
 from modelcask.errors import InvalidModelFolder
 from modelcask.manifests import MODEL_INDEX
-from modelcask.names import DEFAULT_TAG, ModelName
+from modelcask.names import DEFAULT_NAMESPACE, DEFAULT_TAG, ModelName
 from modelcask.quantize import QUANT_TYPES, QuantType
 from modelcask.safetensors_layout import ShardLayout, read_layout, strict_json
 from modelcask.source import LeftOut, SourceFile, SourceFolder
@@ -252,8 +252,7 @@ def _base_name(root: Path, *, name: str | None, namespace: str | None) -> tuple[
     if repository := source.repository_name(root):
         organisation, _, folder_name = repository.rpartition("/")
         namespace = namespace or organisation or None
-    options = {"namespace": namespace} if namespace else {}
-    return ModelName.from_folder_name(folder_name, **options), ""
+    return ModelName.from_folder_name(folder_name, namespace=namespace or DEFAULT_NAMESPACE), ""
 
 
 def _tagged(base: ModelName, tag: str, variant: str | None) -> ModelName:

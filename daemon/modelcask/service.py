@@ -20,7 +20,7 @@ from modelcask.errors import Interrupted, InvalidName, InvalidStore, ModelcaskEr
 from modelcask.index import Drop
 from modelcask.leases import Lease, live
 from modelcask.manifests import MODEL_INDEX
-from modelcask.names import ModelName
+from modelcask.names import DEFAULT_NAMESPACE, DEFAULT_TAG, ModelName
 from modelcask.plan import ImportPlan
 from modelcask.quantize import QUANT_TYPES
 from modelcask.store import Store
@@ -48,7 +48,11 @@ class Found:
     def name(self) -> str:
         try:
             return str(
-                ModelName.from_folder_name(self.path.name, **({"namespace": self.namespace} if self.namespace else {}))
+                ModelName.from_folder_name(
+                    self.path.name,
+                    namespace=self.namespace or DEFAULT_NAMESPACE,
+                    tag=self.directory.quantize or DEFAULT_TAG,
+                )
             )
         except InvalidName:
             return self.path.name
@@ -135,7 +139,7 @@ class Service:
                 fingerprint = ""
             if fingerprint == known.fingerprint:
                 return False
-        look = settle.look(found.path, namespace=found.namespace)
+        look = settle.look(found.path, namespace=found.namespace, quantize=found.directory.quantize)
         before, self._looks[found.path] = self._looks.get(found.path), look
         if look.plan is not None and before is not None and before.fingerprint == look.fingerprint:
             self._import(found, look.fingerprint, look.plan)
@@ -148,13 +152,6 @@ class Service:
         return look.plan is not None or before is None or before.fingerprint != look.fingerprint
 
     def _import(self, found: Found, fingerprint: str, plan: ImportPlan) -> None:
-        if found.directory.quantize is not None:
-            self._fail(
-                found,
-                fingerprint,
-                f"{found.path}: this version cannot quantize; drop it into {found.directory.path.parent}",
-            )
-            return
         progress = _Progress(lambda done, total: self._save(found, "", "importing", done=done, total=total))
         log.info("%s: importing %s", found.name, found.path)
         try:

@@ -50,8 +50,8 @@ class Look:
     missing: str | None
 
 
-def look(path: Path, *, namespace: str | None) -> Look:
-    """Look at the drop `path`. Files are opened to read their headers only.
+def look(path: Path, *, namespace: str | None, quantize: str | None = None) -> Look:
+    """Look at the drop `path`, to be imported with these options. Files are opened to read their headers only.
 
     Raises:
         OSError: the drop cannot be read.
@@ -64,7 +64,7 @@ def look(path: Path, *, namespace: str | None) -> Look:
     if download := _download_under_way(path, folder):
         return Look(fingerprint, None, f"{download}: a download is under way")
     try:
-        plan = plan_import(folder, namespace=namespace)
+        plan = plan_import(folder, namespace=namespace, quantize=quantize)
         if half := _half_written_json(folder):
             return Look(fingerprint, None, f"{half.host}: is no JSON yet")
         return Look(fingerprint, plan, None)

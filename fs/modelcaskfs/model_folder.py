@@ -9,6 +9,8 @@ import errno
 import struct
 import threading
 from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path, PurePosixPath
 
@@ -25,8 +27,30 @@ from modelcask.manifests import (
     StoredManifest,
     version_of,
 )
-from modelcask.safetensors_layout import ShardLayout, blob_header, parse_header
-from modelcaskfs.spans import BlobRange, SpanFile
+from modelcask.quantize import QUANT_TYPES, QuantizedLayout, QuantType, stored_layout
+from modelcask.safetensors_layout import ShardLayout, TensorEntry, parse_header
+from modelcaskfs.spans import BlobRange, DequantizedTensor, Source, SpanFile
+
+
+@dataclass(frozen=True, slots=True)
+class StoredTensor:
+    """A tensor of a shard and where it lies.
+
+    Attributes:
+        entry: of the source's header.
+        layout: the quantized blob's layout, or the header of the blob of a tensor stored as it came.
+    """
+
+    entry: TensorEntry
+    layer: Layer
+    layout: QuantizedLayout | bytes
+
+    @property
+    def as_dropped(self) -> Source:
+        """The source of its bytes as they were dropped, or as near as quantizing left them."""
+        if isinstance(self.layout, bytes):
+            return BlobRange(self.layer.digest, self.layer.size, len(self.layout))
+        return DequantizedTensor(self.layer.digest, self.layout, self.entry.dtype)
 
 
 class ModelFolder:
@@ -39,8 +63,9 @@ class ModelFolder:
         self.stored = stored
         self._blobs = blobs
         self._leases = leases
+        self._building = threading.RLock()
+        self._built: dict[str, SpanFile] = {}
         self._lock = threading.Lock()
-        self._shards: dict[str, SpanFile] = {}
         self._lease: Lease | None = None
         self._users = 0
 
@@ -80,7 +105,7 @@ class ModelFolder:
         return sorted(self.stored.manifest.components, key=len, reverse=True)
 
     def content(self, layer: Layer) -> SpanFile:
-        """What the file of `layer`, one of `files`, consists of.
+        """What the file of `layer`, one of `files`, consists of: as it was dropped.
 
         Raises:
             InvalidManifest: the header and the tensor layers do not fit together.
@@ -88,10 +113,41 @@ class ModelFolder:
         """
         if layer.media_type != HEADER_TYPE:
             return SpanFile([(BlobRange(layer.digest, layer.size, 0), layer.size)])
-        with self._lock:
-            if layer.name not in self._shards:
-                self._shards[layer.name] = self._shard(layer)
-            return self._shards[layer.name]
+        return self.built(f"diffusers/{layer.name}", lambda: self._shard(layer))
+
+    def built(self, key: str, build: Callable[[], SpanFile]) -> SpanFile:
+        """What `build` makes, made once for each `key`."""
+        with self._building:
+            if key not in self._built:
+                self._built[key] = build()
+            return self._built[key]
+
+    def stored_tensors(self, header: Layer) -> list[StoredTensor]:
+        """The tensors of a shard, by offset, with the blobs they lie in. Raises as `content` does."""
+        component = str(PurePosixPath(header.name).parent)
+        stored = []
+        for entry in self._layout(header).tensors:
+            layers = self.tensors.get(f"{component}/{entry.name}", [])
+            number = self._earlier_shards_with(header, component, entry.name) if len(layers) > 1 else 0
+            if number >= len(layers):
+                raise InvalidManifest(self.stored.path, f"{header.name}: no layer for its tensor {entry.name!r}")
+            layout = stored_layout(component, entry, layers[number].size, self.qtype)
+            if layout is None:
+                raise InvalidManifest(self.stored.path, f"{header.name}: the layer of {entry.name!r} does not fit it")
+            stored.append(StoredTensor(entry, layers[number], layout))
+        return stored
+
+    def read(self, layer: Layer) -> bytes:
+        """The bytes of a small layer. Raises CorruptBlob."""
+        return self._blobs.read(layer.digest, layer.size)
+
+    @cached_property
+    def qtype(self) -> QuantType | None:
+        """What the model is quantized to, None if it is not. Raises InvalidManifest for an unknown type."""
+        name = self.stored.manifest.quantization
+        if name is not None and name not in QUANT_TYPES:
+            raise InvalidManifest(self.stored.path, f"it is quantized to {name!r}, which this version does not know")
+        return None if name is None else QUANT_TYPES[name]
 
     def acquire(self) -> bool:
         """Protect all blobs of the model until `release`. False if the manifest was replaced or removed before.
@@ -136,20 +192,11 @@ class ModelFolder:
             return False
 
     def _shard(self, header: Layer) -> SpanFile:
-        layout = self._layout(header)
-        component = str(PurePosixPath(header.name).parent)
-        spans: list[tuple[bytes | BlobRange, int]] = [
+        spans: list[tuple[Source, int]] = [
             (struct.pack("<Q", header.size), 8),
             (BlobRange(header.digest, header.size, 0), header.size),
         ]
-        for tensor in layout.tensors:
-            layers = self.tensors.get(f"{component}/{tensor.name}", [])
-            number = self._earlier_shards_with(header, component, tensor.name) if len(layers) > 1 else 0
-            prefix = len(blob_header(tensor.name, tensor.dtype, tensor.shape, tensor.nbytes))
-            if number >= len(layers) or layers[number].size != prefix + tensor.nbytes:
-                raise InvalidManifest(self.stored.path, f"{header.name}: no layer fits its tensor {tensor.name!r}")
-            layer = layers[number]
-            spans.append((BlobRange(layer.digest, layer.size, prefix), tensor.nbytes))
+        spans += [(tensor.as_dropped, tensor.entry.nbytes) for tensor in self.stored_tensors(header)]
         return SpanFile(spans)
 
     def _earlier_shards_with(self, header: Layer, component: str, tensor: str) -> int:

@@ -37,7 +37,8 @@ def serve(store: Store, mountpoint: Path, *, options: list[str], on_ready: Calla
     from modelcaskfs.ops import Adapter
 
     tree = Tree(store)
-    adapter = Adapter(tree, SpanReader(store.blobs, max_open=_raise_open_files()), on_ready=on_ready)
+    reader = SpanReader(store.blobs, max_open=_raise_open_files())
+    adapter = Adapter(tree, reader, on_ready=on_ready)
     fixed = [f"fsname={store.root}", "subtype=modelcaskfs", "ro", "default_permissions"]
     wanted = {signal.SIGTERM, signal.SIGINT}
     # Blocked before any thread starts, so that all threads leave them to sigwait.
@@ -55,6 +56,7 @@ def serve(store: Store, mountpoint: Path, *, options: list[str], on_ready: Calla
         unmount_lazily(mountpoint)
     thread.join()
     adapter.close()
+    reader.close()
     session.close()
 
 

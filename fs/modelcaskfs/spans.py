@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from modelcask.digest import Digest
+from modelcask.quantize import QuantizedLayout
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,10 +20,27 @@ class BlobRange:
 
 
 @dataclass(frozen=True, slots=True)
+class DequantizedTensor:
+    """A tensor as it was before it was quantized.
+
+    Attributes:
+        layout: of the blob `digest`.
+        dtype: the original one, which the bytes have.
+    """
+
+    digest: Digest
+    layout: QuantizedLayout
+    dtype: str
+
+
+Source = bytes | BlobRange | DequantizedTensor
+
+
+@dataclass(frozen=True, slots=True)
 class Piece:
     """A part of one read: `length` bytes at `skip` into `source`."""
 
-    source: bytes | BlobRange
+    source: Source
     skip: int
     length: int
 
@@ -30,15 +48,16 @@ class Piece:
 class SpanFile:
     """A file laid out from spans, in order, without hole or overlap.
 
-    A span comes from literal bytes or from a blob; one is found by bisection, whatever their number.
+    A span comes from literal bytes, from a blob, or from dequantizing one; it is found by bisection, whatever
+    their number.
     """
 
     __slots__ = ("_ends", "_sources", "size")
 
-    def __init__(self, spans: Iterable[tuple[bytes | BlobRange, int]]) -> None:
+    def __init__(self, spans: Iterable[tuple[Source, int]]) -> None:
         """`spans`: each span's source and length in bytes; empty ones are dropped."""
         self._ends: list[int] = []
-        self._sources: list[bytes | BlobRange] = []
+        self._sources: list[Source] = []
         end = 0
         for source, length in spans:
             if length:

@@ -17,11 +17,12 @@ from pathlib import PurePosixPath
 from typing import Protocol
 
 from modelcask.errors import ModelNotFound
-from modelcask.manifests import Layer, ManifestStore, version_of
+from modelcask.manifests import REPORT_TYPE, Layer, ManifestStore, version_of
 from modelcask.names import DEFAULT_HOST, ModelName
 from modelcask.store import Store
 from modelcaskfs.conventions import CONVENTIONS, Children, Convention
 from modelcaskfs.model_folder import ModelFolder
+from modelcaskfs.packed_files import Generated
 from modelcaskfs.spans import SpanFile
 
 
@@ -99,11 +100,29 @@ class Tree:
         self._store = store
         self._models: OrderedDict[tuple[ModelName, tuple[int, int, int]], ModelFolder] = OrderedDict()
         self._cached_models = cached_models
+        self._quantized: dict[tuple[str, ...], tuple[tuple[int, int, int], bool]] = {}
         self.root = _Root(self)
 
     @property
     def store(self) -> Store:
         return self._store
+
+    def holds_quantized(self, parts: tuple[str, ...]) -> bool:
+        """Whether the manifest at `parts` below `manifests/` is a quantized model's, or any below that directory.
+
+        Reads a manifest once as long as it does not change, and does not parse it.
+        """
+        manifests = self._store.manifests
+        if len(parts) < 4:
+            return any(self.holds_quantized((*parts, child)) for child in manifests.children(*parts))
+        status = manifests.stat(*parts)
+        if status is None or not stat.S_ISREG(status.st_mode):
+            return False
+        version = version_of(status)
+        known = self._quantized.get(parts)
+        if known is None or known[0] != version:
+            known = self._quantized[parts] = (version, manifests.mentions(REPORT_TYPE, *parts))
+        return known[1]
 
     def model(self, name: ModelName) -> ModelFolder:
         """The folder of the model `name` as it is now.
@@ -135,7 +154,7 @@ class _Root:
 
     def __init__(self, tree: Tree) -> None:
         self._tree = tree
-        self._views = {view: _Names(tree, view, (), convention) for view, convention in CONVENTIONS.items()}
+        self._views = {convention.name: _Names(tree, convention, ()) for convention in CONVENTIONS}
 
     @property
     def mtime_ns(self) -> int:
@@ -161,12 +180,11 @@ class _Names:
 
     lasting = False
 
-    def __init__(self, tree: Tree, view: str, parts: tuple[str, ...], convention: Convention) -> None:
+    def __init__(self, tree: Tree, convention: Convention, parts: tuple[str, ...]) -> None:
         self._tree = tree
-        self._view = view
-        self._parts = parts
         self._convention = convention
-        self.key = "/" + "/".join((view, *parts))
+        self._parts = parts
+        self.key = "/" + "/".join((convention.name, *parts))
 
     @property
     def mtime_ns(self) -> int:
@@ -178,7 +196,7 @@ class _Names:
             if self._find((*place, name)) is None:
                 continue
             if len(place) < 3:
-                return _Names(self._tree, self._view, (*self._parts, name), self._convention)
+                return _Names(self._tree, self._convention, (*self._parts, name))
             host, namespace, model_name = place
             if (model := self._model(ModelName(host, namespace, model_name, name))) is not None:
                 return model
@@ -209,8 +227,12 @@ class _Names:
     def _find(self, parts: tuple[str, ...]) -> os.stat_result | None:
         """The stat of what this level may show: directories down to a name, below it the manifests."""
         status = self._manifests.stat(*parts)
-        is_shown = stat.S_ISREG if len(parts) == 4 else stat.S_ISDIR
-        return status if status is not None and is_shown(status.st_mode) and parts != (DEFAULT_HOST,) else None
+        has_kind = stat.S_ISREG if len(parts) == 4 else stat.S_ISDIR
+        if status is None or not has_kind(status.st_mode) or parts == (DEFAULT_HOST,):
+            return None
+        if self._convention.quantized_only and not self._tree.holds_quantized(parts):
+            return None
+        return status
 
     def _model(self, name: ModelName) -> Node | None:
         try:
@@ -220,7 +242,7 @@ class _Names:
         if not model.stored.manifest.is_image_model:
             return None
         key = _versioned(f"{self.key}/{name.tag}", model.stored.version)
-        return _ModelDirectory(key, model, self._convention(model))
+        return _ModelDirectory(key, model, self._convention.children(model))
 
 
 class _ModelDirectory:
@@ -244,13 +266,15 @@ class _ModelDirectory:
             return None
         if isinstance(child, Layer):
             return FileNode(key, self.mtime_ns, self._model.content(child), self._model)
+        if isinstance(child, Generated):
+            return FileNode(key, self.mtime_ns, child.content(), self._model)
         if isinstance(child, PurePosixPath):
             return LinkNode(key, self.mtime_ns, str(child))
         return _ModelDirectory(key, self._model, child)
 
     def entries(self) -> Iterator[Entry]:
         for name, child in self._children.items():
-            kind = stat.S_IFREG if isinstance(child, Layer) else stat.S_IFLNK
+            kind = stat.S_IFLNK if isinstance(child, PurePosixPath) else stat.S_IFREG
             yield Entry(name, stat.S_IFDIR if isinstance(child, dict) else kind, f"{self.key}/{name}")
 
 

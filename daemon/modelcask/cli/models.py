@@ -18,7 +18,7 @@ from modelcask.cli.output import (
     store_option,
 )
 from modelcask.errors import ModelcaskError, ModelNotFound, MountFailed, printable
-from modelcask.facts import Summary, compare, components, summarize
+from modelcask.facts import ComponentFacts, Summary, TensorFacts, compare, components, summarize, tensors
 from modelcask.names import ModelName
 
 
@@ -55,23 +55,24 @@ def ls_command(root: Path, *, as_json: bool) -> None:
 
 @click.command("show")
 @click.argument("name")
+@click.option("--tensors", "with_tensors", is_flag=True, help="List every tensor, too.")
 @store_option
 @json_option
-def show_command(name: str, root: Path, *, as_json: bool) -> None:
-    """Show what the model NAME consists of.
+def show_command(name: str, root: Path, *, with_tensors: bool, as_json: bool) -> None:
+    """Show what the model NAME consists of, and what quantizing it cost.
 
-    --json adds every layer with its digest.
+    ERROR is the root mean square of what quantizing changed, relative to that of the weights. --json adds
+    every layer with its digest.
     """
     store = existing_store(root)
     stored = store.manifests.read(ModelName.parse(name))
     summary = summarize(store, stored)
-    parts = components(store, stored.manifest)
+    parts = components(store, stored)
     if as_json:
+        every = [_tensor_json(each) for found in tensors(store, stored).values() for each in found]
         layers = [layer.to_json() for layer in stored.manifest.layers]
-        facts = {
-            part.name: {"tensors": part.tensors, "dtypes": part.dtypes, "bytes": part.data_bytes} for part in parts
-        }
-        print_json({**_summary_json(summary), "component_facts": facts, "layers": layers})
+        facts = {part.name: _component_json(part) for part in parts}
+        print_json({**_summary_json(summary), "component_facts": facts, "tensors": every, "layers": layers})
         return
     click.echo(f"{printable(summary.name)}  {printable(summary.architecture)}")
     click.echo(f"manifest      {summary.manifest}")
@@ -79,16 +80,15 @@ def show_command(name: str, root: Path, *, as_json: bool) -> None:
     click.echo(f"quantization  {printable(summary.quantization) or 'none'}")
     click.echo(f"size          {size_text(summary.size)}")
     click.echo()
-    rows = [
-        (
-            part.name,
-            str(part.tensors),
-            ", ".join(f"{n} {dtype}" for dtype, n in part.dtypes.items()),
-            size_text(part.data_bytes),
-        )
-        for part in parts
-    ]
-    print_table(("COMPONENT", "TENSORS", "DTYPES", "SIZE"), rows, right=(1, 3))
+    _print_components(parts)
+    if with_tensors:
+        click.echo()
+        rows = [
+            (each.name, each.dtype, "×".join(map(str, each.shape)) or "scalar", each.kept or _error_text(each.error))
+            for found in tensors(store, stored).values()
+            for each in found
+        ]
+        print_table(("TENSOR", "DTYPE", "SHAPE", "ERROR, OR WHY IT IS KEPT"), rows)
 
 
 @click.command("path")
@@ -127,21 +127,27 @@ def path_command(name: str, view: str, root: Path, *, as_json: bool) -> None:
 def diff_command(first: str, second: str, root: Path, *, as_json: bool) -> None:
     """Compare the tensors of the models A and B.
 
-    Equal tensors are stored once.
+    Equal tensors are stored once. For quantized models, each component's size and error stand side by side.
     """
     store = existing_store(root)
-    manifests = [store.manifests.read(ModelName.parse(name)).manifest for name in (first, second)]
-    difference = compare(*manifests)
+    one, two = (store.manifests.read(ModelName.parse(name)) for name in (first, second))
+    difference = compare(one, two)
+    both = [(each, {part.name: part for part in components(store, each)}) for each in (one, two)]
     if as_json:
-        print_json(asdict(difference))
+        facts = [{name: _component_json(part) for name, part in parts.items()} for _, parts in both]
+        print_json({**asdict(difference), "component_facts": facts})
         return
-    for mark, names in (
-        ("~", difference.changed),
-        ("-", difference.only_first),
-        ("+", difference.only_second),
-    ):
+    for mark, names in (("~", difference.changed), ("-", difference.only_first), ("+", difference.only_second)):
         for name in names:
             click.echo(f"{mark} {printable(name)}")
+    if any(each.manifest.quantization for each, _ in both):
+        click.echo()
+        rows = []
+        for component in dict.fromkeys(name for _, parts in both for name in parts):
+            sides = [parts.get(component) for _, parts in both]
+            texts = [(size_text(side.stored_bytes), _error_text(side.error)) if side else ("", "") for side in sides]
+            rows.append((component, *texts[0], *texts[1]))
+        print_table(("COMPONENT", f"SIZE OF {first}", "ERROR", f"SIZE OF {second}", "ERROR"), rows, right=(1, 2, 3, 4))
     click.echo(
         f"{len(difference.equal)} equal, {len(difference.changed)} changed (~), "
         f"{len(difference.only_first)} only in {first} (-), {len(difference.only_second)} only in {second} (+)"
@@ -202,6 +208,47 @@ def _summary_json(summary: Summary) -> dict[str, Any]:
         "components": list(summary.components),
         "size": summary.size,
     }
+
+
+def _component_json(part: ComponentFacts) -> dict[str, Any]:
+    return {
+        "tensors": part.tensors,
+        "dtypes": part.dtypes,
+        "bytes": part.source_bytes,
+        "stored_bytes": part.stored_bytes,
+        "quantized": part.quantized,
+        "kept": part.kept,
+        "error": part.error,
+    }
+
+
+def _tensor_json(each: TensorFacts) -> dict[str, Any]:
+    return {"name": each.name, "dtype": each.dtype, "shape": list(each.shape), "error": each.error, "kept": each.kept}
+
+
+def _print_components(parts: list[ComponentFacts]) -> None:
+    rows = [
+        (
+            part.name,
+            str(part.tensors),
+            ", ".join(f"{count} {dtype}" for dtype, count in part.dtypes.items()),
+            size_text(part.source_bytes),
+            size_text(part.stored_bytes),
+            str(part.quantized) if part.quantized else "",
+            _error_text(part.error),
+        )
+        for part in parts
+    ]
+    header = ("COMPONENT", "TENSORS", "DTYPES", "SIZE", "STORED", "QUANTIZED", "ERROR")
+    print_table(header, rows, right=(1, 3, 4, 5, 6))
+    for part in parts:
+        if part.kept:
+            reasons = ", ".join(f"{count} ({reason})" for reason, count in part.kept.items())
+            click.echo(f"kept as they came in {printable(part.name)}: {printable(reasons)}")
+
+
+def _error_text(error: float | None) -> str:
+    return "" if error is None else f"{error:.2%}"
 
 
 def _count_text(count: int) -> str:

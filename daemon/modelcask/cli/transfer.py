@@ -17,9 +17,14 @@ from modelcask.cli.output import (
     store_option,
 )
 from modelcask.errors import printable
+from modelcask.facts import components
 from modelcask.importer import ImportResult
 from modelcask.quantize import QUANT_TYPES
 from modelcask.store import Store
+
+
+# How a tensor's reason for being kept begins if its dtype is one that weights are quantized to.
+_QUANTIZED_DTYPES = ("dtype F8", "dtype F6", "dtype F4", "dtype U8", "dtype I8")
 
 
 @click.command("import")
@@ -56,6 +61,8 @@ def import_command(
         print_json([result_json(result) for result in results])
     else:
         _print_results(results)
+        if quantize is not None:
+            _print_quantization(store, results[0])
 
 
 @click.command("demo")
@@ -86,6 +93,19 @@ def result_json(result: ImportResult) -> dict[str, Any]:
         "skipped": [{"path": entry.path, "reason": entry.reason} for entry in result.skipped],
         "seconds": round(result.seconds, 3),
     }
+
+
+def _print_quantization(store: Store, result: ImportResult) -> None:
+    """What was quantized, what it cost, and what came quantized already."""
+    parts = components(store, store.manifests.read(result.name))
+    for part in parts:
+        if part.error is not None:
+            click.echo(f"  quantized {part.quantized} of {part.tensors} tensors in {part.name}, error {part.error:.2%}")
+    kept = [(count, reason) for part in parts for reason, count in part.kept.items()]
+    came_quantized = sum(count for count, reason in kept if reason.startswith(_QUANTIZED_DTYPES))
+    if came_quantized:
+        click.echo(f"  {came_quantized} tensors came in 8 bits or fewer and stay as they came")
+    click.echo(f"  `modelcask show {result.name}` tells what was left as it came, and why")
 
 
 def _print_results(results: list[ImportResult]) -> None:

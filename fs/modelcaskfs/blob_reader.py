@@ -1,0 +1,75 @@
+"""Reading ranges of blobs, which are kept open in a bounded cache."""
+
+from __future__ import annotations
+
+import errno
+import os
+import threading
+from collections import OrderedDict
+
+from modelcask.blobs import BlobStore
+from modelcask.digest import Digest
+from modelcask.errors import CorruptBlob
+from modelcaskfs.spans import BlobRange
+
+# A miss in the page cache starts this much of the blob's own read-ahead, so that the requests to follow hit.
+_READ_AHEAD = 4 << 20
+
+
+class _OpenBlob:
+    """A descriptor that closes with its last user: eviction from the cache never closes it under a read."""
+
+    __slots__ = ("fd",)
+
+    def __init__(self, fd: int) -> None:
+        self.fd = fd
+
+    def __del__(self) -> None:
+        os.close(self.fd)
+
+
+class BlobReader:
+    """Reads ranges of blobs. Threads may share it."""
+
+    def __init__(self, blobs: BlobStore, *, max_open: int) -> None:
+        self._blobs = blobs
+        self._max_open = max_open
+        self._open: OrderedDict[Digest, _OpenBlob] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def read(self, source: BlobRange, skip: int, target: memoryview, *, wait: bool) -> bool:
+        """Fill `target` from `skip` bytes into `source` on. False if the disk must be waited for and `wait` is not set.
+
+        Raises:
+            CorruptBlob: the blob is missing or not as long as it should be.
+        """
+        blob = self._opened(source)
+        position = source.offset + skip
+        if wait:
+            os.posix_fadvise(blob.fd, position, _READ_AHEAD, os.POSIX_FADV_WILLNEED)
+        while target:
+            try:
+                count = os.preadv(blob.fd, [target], position, 0 if wait else os.RWF_NOWAIT)
+            except BlockingIOError:
+                return False
+            except OSError as error:
+                if not wait and error.errno == errno.EOPNOTSUPP:
+                    return False  # this filesystem cannot tell; the waiting way is the only one
+                raise
+            if count == 0:
+                raise CorruptBlob(self._blobs.path(source.digest), "this blob was cut short")
+            target, position = target[count:], position + count
+        return True
+
+    def _opened(self, source: BlobRange) -> _OpenBlob:
+        with self._lock:
+            blob = self._open.get(source.digest)
+            if blob is not None:
+                self._open.move_to_end(source.digest)
+                return blob
+        blob = _OpenBlob(self._blobs.open(source.digest, source.blob_size))
+        with self._lock:
+            self._open[source.digest] = blob
+            if len(self._open) > self._max_open:
+                self._open.popitem(last=False)
+        return blob

@@ -1,0 +1,126 @@
+"""Dequantizing ahead of readers: in chunks, on all cores, into a bounded cache.
+
+A small read costs the groups it lies in. A large one, as the kernel sends them when it reads ahead, is taken
+for part of a stream: its chunk is dequantized whole and kept, and the chunks after it are begun.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections import OrderedDict
+from concurrent.futures import Future, ThreadPoolExecutor
+
+from modelcask.digest import Digest
+from modelcask.quantize import SOURCE_DTYPES
+from modelcaskfs.blob_reader import BlobReader
+from modelcaskfs.spans import BlobRange, DequantizedTensor
+
+# Bytes of a chunk: about a millisecond of work; a whole number of groups of every type and dtype.
+_CHUNK = 2 << 20
+_CACHED_CHUNKS = 32
+_AHEAD = 2
+# Smaller reads are random ones: the kernel's read-ahead asks for 128 KiB at a time.
+_STREAM = 64 << 10
+
+_Key = tuple[Digest, int]
+
+
+class Dequantizer:
+    """Reads `DequantizedTensor`s. Threads may share it."""
+
+    def __init__(self, blobs: BlobReader) -> None:
+        self._blobs = blobs
+        self._lock = threading.Lock()
+        self._chunks: OrderedDict[_Key, Future[memoryview]] = OrderedDict()
+        self._pool = ThreadPoolExecutor(os.cpu_count() or 2, "dequantize")
+
+    def read(self, tensor: DequantizedTensor, skip: int, target: memoryview, *, wait: bool) -> bool:
+        """Fill `target` from byte `skip` of the tensor on. False if that takes computing and `wait` is not set.
+
+        Raises:
+            CorruptBlob: the blob is missing or not as long as it should be.
+        """
+        if len(target) < _STREAM:
+            return self._read_few(tensor, skip, target, wait=wait)
+        end = skip + len(target)
+        for number in range(skip // _CHUNK, -(-end // _CHUNK)):
+            chunk = self._chunk(tensor, number)
+            if not (wait or chunk.done()):
+                return False
+            data = chunk.result()
+            begin = number * _CHUNK
+            low, high = max(skip, begin), min(end, begin + len(data))
+            target[low - skip : high - skip] = data[low - begin : high - begin]
+        return True
+
+    def close(self) -> None:
+        """End the threads."""
+        self._pool.shutdown(cancel_futures=True)
+
+    def _read_few(self, tensor: DequantizedTensor, skip: int, target: memoryview, *, wait: bool) -> bool:
+        number, begin = divmod(skip, _CHUNK)
+        with self._lock:
+            chunk = self._chunks.get((tensor.digest, number))
+        if chunk is not None and chunk.done() and begin + len(target) <= _CHUNK:
+            target[:] = chunk.result()[begin : begin + len(target)]
+            return True
+        if wait:
+            group = tensor.layout.qtype.group_size * SOURCE_DTYPES[tensor.dtype]
+            first, last = skip // group, -(-(skip + len(target)) // group)
+            data = self._dequantized(tensor, first, last)
+            target[:] = data[skip - first * group :][: len(target)]
+        return wait
+
+    def _chunk(self, tensor: DequantizedTensor, number: int) -> Future[memoryview]:
+        """The chunk, begun if it was not; so are those that follow it."""
+        size = _tensor_bytes(tensor)
+        with self._lock:
+            for ahead in range(number + _AHEAD, number - 1, -1):
+                key = (tensor.digest, ahead)
+                if ahead * _CHUNK < size and key not in self._chunks:
+                    self._chunks[key] = self._pool.submit(self._whole_chunk, tensor, ahead)
+            self._chunks.move_to_end((tensor.digest, number))
+            chunk = self._chunks[tensor.digest, number]
+            while len(self._chunks) > _CACHED_CHUNKS:
+                self._chunks.popitem(last=False)
+        return chunk
+
+    def _whole_chunk(self, tensor: DequantizedTensor, number: int) -> memoryview:
+        group = tensor.layout.qtype.group_size * SOURCE_DTYPES[tensor.dtype]
+        end = min((number + 1) * _CHUNK, _tensor_bytes(tensor))
+        try:
+            return self._dequantized(tensor, number * _CHUNK // group, end // group)
+        except BaseException:
+            with self._lock:  # an error is told to who waits now, and tried again for who comes later
+                self._chunks.pop((tensor.digest, number), None)
+            raise
+
+    def _dequantized(self, tensor: DequantizedTensor, first: int, last: int) -> memoryview:
+        """The bytes of the groups from `first` to before `last`."""
+        # Here, so that a mount without quantized models loads neither numpy nor numba.
+        import numpy as np
+
+        from modelcask.quantize.arrays import Quantized
+        from modelcask.quantize.kernels import dequantize_groups
+
+        layout = tensor.layout
+        groups = layout.parts[0].nbytes * 8 // (layout.qtype.bits * layout.qtype.group_size)
+        arrays = []
+        for number, part in enumerate(layout.parts):
+            width = part.nbytes // groups
+            array = np.empty((last - first) * width, np.uint8)
+            source = BlobRange(tensor.digest, layout.size, layout.offset(number))
+            self._blobs.read(source, first * width, array.data, wait=True)
+            arrays.append(array)
+        out = np.empty((last - first) * layout.qtype.group_size * SOURCE_DTYPES[tensor.dtype], np.uint8)
+        packed, scales, *biases = arrays
+        quantized = Quantized(packed.view(np.uint32), scales, biases[0] if biases else None)
+        dequantize_groups(layout.qtype, tensor.dtype, quantized, out)
+        return out.data
+
+
+def _tensor_bytes(tensor: DequantizedTensor) -> int:
+    """The size of the tensor as it was."""
+    elements = tensor.layout.parts[0].nbytes * 8 // tensor.layout.qtype.bits
+    return elements * SOURCE_DTYPES[tensor.dtype]

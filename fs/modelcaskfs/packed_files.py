@@ -1,0 +1,139 @@
+"""Files of views that show quantized tensors packed: shards with rewritten headers over the blobs' own bytes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+from typing import Any
+
+from modelcask.errors import InvalidManifest
+from modelcask.manifests import HEADER_TYPE, Layer
+from modelcask.safetensors_layout import TensorEntry, encode_header
+from modelcaskfs.model_folder import ModelFolder, StoredTensor
+from modelcaskfs.spans import BlobRange, Source, SpanFile
+
+# Data that begins on a page boundary can be mapped without moving it.
+_PAGE = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class Generated:
+    """A file that is not stored but made when it is first looked at."""
+
+    content: Callable[[], SpanFile]
+
+
+@dataclass(frozen=True, slots=True)
+class PackedTensor:
+    """A tensor of a rewritten shard: `nbytes` of `source` under another header."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    source: Source
+    nbytes: int
+
+
+Unpack = Callable[[StoredTensor], Iterable[PackedTensor]]
+Configure = Callable[[list[StoredTensor]], Mapping[str, Any]]
+
+
+def packed_leaves(
+    model: ModelFolder, view: str, unpack: Unpack, configure: Configure, *, file_format: str
+) -> Iterator[tuple[PurePosixPath, Layer | Generated]]:
+    """The model folder with its quantized components packed; all other files are as dropped.
+
+    Args:
+        unpack: the tensors that stand for one stored tensor.
+        configure: what a quantized component's config.json says in addition.
+        file_format: `format` in the headers' metadata.
+    """
+    components = {str(PurePosixPath(layer.name).parent) for layer in model.stored.manifest.of_type(HEADER_TYPE)}
+    for path, layer in model.files.items():
+        component = str(path.parent)
+        key = f"{view}/{layer.name}"
+
+        def later(build: Callable[[ModelFolder, Layer], SpanFile], key: str = key, layer: Layer = layer) -> Generated:
+            return Generated(lambda: model.built(key, lambda: build(model, layer)))
+
+        if layer.media_type == HEADER_TYPE:
+            yield path, later(lambda model, layer: _shard(model, layer, unpack, file_format))
+        elif component in components and path.name == "config.json":
+            yield path, later(lambda model, layer: _config(model, layer, configure))
+        elif component in components and path.name.endswith(".index.json") and ".safetensors." in path.name:
+            yield path, later(lambda model, layer: _shard_index(model, layer, unpack))
+        else:
+            yield path, layer
+
+
+def stored_as_dropped(tensor: StoredTensor) -> PackedTensor:
+    """A tensor as the model folder had it; one that is quantized is dequantized on read."""
+    entry = tensor.entry
+    return PackedTensor(entry.name, entry.dtype, entry.shape, tensor.as_dropped, entry.nbytes)
+
+
+def part_of(tensor: StoredTensor, number: int, name: str, dtype: str, shape: tuple[int, ...]) -> PackedTensor:
+    """A part of a quantized blob (0 packed words, 1 scales, 2 biases) under another name, dtype and shape."""
+    assert not isinstance(tensor.layout, bytes)
+    source = BlobRange(tensor.layer.digest, tensor.layer.size, tensor.layout.offset(number))
+    return PackedTensor(name, dtype, shape, source, tensor.layout.parts[number].nbytes)
+
+
+def component_tensors(model: ModelFolder, component: str) -> list[StoredTensor]:
+    """The tensors of all shards of a component."""
+    return [
+        tensor
+        for header in model.stored.manifest.of_type(HEADER_TYPE)
+        if str(PurePosixPath(header.name).parent) == component
+        for tensor in model.stored_tensors(header)
+    ]
+
+
+def _shard(model: ModelFolder, header: Layer, unpack: Unpack, file_format: str) -> SpanFile:
+    tensors = [packed for tensor in model.stored_tensors(header) for packed in unpack(tensor)]
+    entries, end = [], 0
+    for tensor in tensors:
+        entries.append(TensorEntry(tensor.name, tensor.dtype, tensor.shape, end, end + tensor.nbytes))
+        end += tensor.nbytes
+    head = encode_header(entries, metadata={"format": file_format}, alignment=_PAGE)
+    return SpanFile([(head, len(head)), *((tensor.source, tensor.nbytes) for tensor in tensors)])
+
+
+def _config(model: ModelFolder, layer: Layer, configure: Configure) -> SpanFile:
+    tensors = component_tensors(model, str(PurePosixPath(layer.name).parent))
+    if all(isinstance(tensor.layout, bytes) for tensor in tensors):
+        return model.content(layer)  # nothing of it is quantized
+    return _json({**_parsed(model, layer), **configure(tensors)})
+
+
+def _shard_index(model: ModelFolder, layer: Layer, unpack: Unpack) -> SpanFile:
+    fields = _parsed(model, layer)
+    weight_map, total = {}, 0
+    component = PurePosixPath(layer.name).parent
+    listed = fields.get("weight_map", {}).values()
+    for header in model.stored.manifest.of_type(HEADER_TYPE):
+        path = PurePosixPath(header.name)
+        if path.parent == component and path.name in listed:
+            for tensor in model.stored_tensors(header):
+                for packed in unpack(tensor):
+                    weight_map[packed.name] = path.name
+                    total += packed.nbytes
+    return _json({**fields, "metadata": {"total_size": total}, "weight_map": weight_map})
+
+
+def _parsed(model: ModelFolder, layer: Layer) -> dict[str, Any]:
+    """The JSON object of a file, for a client that reads it leniently."""
+    try:
+        fields = json.loads(model.read(layer))
+    except ValueError as error:
+        raise InvalidManifest(model.stored.path, f"{layer.name} is no JSON: {error}") from None
+    if not isinstance(fields, dict):
+        raise InvalidManifest(model.stored.path, f"{layer.name} is no JSON object")
+    return fields
+
+
+def _json(fields: Mapping[str, Any]) -> SpanFile:
+    text = json.dumps(fields, indent=2).encode() + b"\n"
+    return SpanFile([(text, len(text))])

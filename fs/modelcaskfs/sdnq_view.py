@@ -1,0 +1,78 @@
+"""The `sdnq/` view: quantized weights as diffusers loads them without unpacking, in SDNQ's convention.
+
+Headers name the blobs' own bytes anew (SDNQ 0.2.8): `x.weight` has SDNQ's dtype and shape, `x.scale` one scale
+a group, `x.zero_point` the affine bias; the component's config.json has a `quantization_config`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+from typing import Any
+
+from modelcask.manifests import Layer
+from modelcaskfs.model_folder import ModelFolder, StoredTensor
+from modelcaskfs.packed_files import Generated, PackedTensor, packed_leaves, part_of, stored_as_dropped
+
+
+@dataclass(frozen=True, slots=True)
+class _Form:
+    """How SDNQ calls a quantization type.
+
+    Attributes:
+        weights_dtype: its name for the type.
+        dtype: safetensors dtype of the packed weights.
+        flat: whether the packed weights have one dimension; else rows × groups × group size.
+        scale_dtype: None for the source's own.
+    """
+
+    weights_dtype: str
+    dtype: str
+    flat: bool
+    scale_dtype: str | None
+
+
+_FORMS = {
+    "int4": _Form("uint4", "U8", True, None),
+    "int8": _Form("uint8", "U8", False, None),
+    "nvfp4": _Form("float4_e2m1fn", "U8", True, "F8_E4M3"),
+    "mxfp8": _Form("float8_e4m3fn", "F8_E4M3", False, "F8_E8M0"),
+}
+
+
+def leaves(model: ModelFolder) -> Iterator[tuple[PurePosixPath, Layer | Generated]]:
+    """The files of a quantized model."""
+    return packed_leaves(model, "sdnq", _unpack, _configure, file_format="pt")
+
+
+def _unpack(tensor: StoredTensor) -> Iterator[PackedTensor]:
+    if isinstance(tensor.layout, bytes) or len(tensor.entry.shape) != 2:
+        yield stored_as_dropped(tensor)
+        return
+    form, group = _FORMS[tensor.layout.qtype.name], tensor.layout.qtype.group_size
+    rows, columns = tensor.entry.shape
+    groups = columns // group
+    packed = tensor.layout.parts[0].nbytes
+    grouped, scaled = ((rows, groups, group), (rows, groups, 1)) if groups > 1 else ((rows, columns), (rows, 1))
+    name = tensor.entry.name
+    stem = name.removesuffix("weight")
+    yield part_of(tensor, 0, name, form.dtype, (packed,) if form.flat else grouped)
+    for number, suffix in enumerate(("scale", "zero_point")[: len(tensor.layout.parts) - 1], 1):
+        yield part_of(tensor, number, stem + suffix, form.scale_dtype or tensor.layout.parts[number].dtype, scaled)
+
+
+def _configure(tensors: list[StoredTensor]) -> dict[str, Any]:
+    qtype = next(tensor.layout.qtype for tensor in tensors if not isinstance(tensor.layout, bytes))
+    kept = [tensor.entry.name for tensor in tensors if isinstance(tensor.layout, bytes) or len(tensor.entry.shape) != 2]
+    return {
+        "quantization_config": {
+            "quant_method": "sdnq",
+            "weights_dtype": _FORMS[qtype.name].weights_dtype,
+            "group_size": qtype.group_size,
+            "add_skip_keys": False,
+            "modules_to_not_convert": [name for name in kept if name.endswith(".weight")],
+            "dequantize_fp32": True,
+            "use_quantized_matmul": False,
+        }
+    }
