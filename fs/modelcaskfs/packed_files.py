@@ -105,7 +105,8 @@ def _config(model: ModelFolder, layer: Layer, configure: Configure) -> SpanFile:
     tensors = component_tensors(model, str(PurePosixPath(layer.name).parent))
     if all(isinstance(tensor.layout, bytes) for tensor in tensors):
         return model.content(layer)  # nothing of it is quantized
-    return _json({**_parsed(model, layer), **configure(tensors)})
+    added = configure(tensors)
+    return _json({**_parsed(model, layer), **added}) if added else model.content(layer)
 
 
 def _shard_index(model: ModelFolder, layer: Layer, unpack: Unpack) -> SpanFile:

@@ -12,6 +12,7 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from modelcask.manifests import Layer
+from modelcask.quantize import QuantizedLayout
 from modelcaskfs.model_folder import ModelFolder, StoredTensor
 from modelcaskfs.packed_files import Generated, PackedTensor, packed_leaves, part_of, stored_as_dropped
 
@@ -41,38 +42,58 @@ _FORMS = {
 }
 
 
+# Modules whose weights have two dimensions and are quantized, but which SDNQ does not convert: embeddings, T5's
+# `wo` (transformers casts activations to the dtype of its weight), and what may be tied to the embeddings.
+_NOT_CONVERTED = {"shared", "relative_attention_bias", "wte", "wpe", "wo", "lm_head"}
+
+
 def leaves(model: ModelFolder) -> Iterator[tuple[PurePosixPath, Layer | Generated]]:
     """The files of a quantized model."""
     return packed_leaves(model, "sdnq", _unpack, _configure, file_format="pt")
 
 
+def _packed_layout(tensor: StoredTensor) -> QuantizedLayout | None:
+    """The layout of a tensor that is shown packed; all others are shown as dropped."""
+    modules = tensor.entry.name.split(".")[:-1]
+    if isinstance(tensor.layout, bytes) or len(tensor.entry.shape) != 2 or _NOT_CONVERTED & set(modules[-1:]):
+        return None
+    return tensor.layout
+
+
 def _unpack(tensor: StoredTensor) -> Iterator[PackedTensor]:
-    if isinstance(tensor.layout, bytes) or len(tensor.entry.shape) != 2:
+    layout = _packed_layout(tensor)
+    if layout is None:
         yield stored_as_dropped(tensor)
         return
-    form, group = _FORMS[tensor.layout.qtype.name], tensor.layout.qtype.group_size
+    form, group = _FORMS[layout.qtype.name], layout.qtype.group_size
     rows, columns = tensor.entry.shape
     groups = columns // group
-    packed = tensor.layout.parts[0].nbytes
+    # Where a row is one group, SDNQ leaves the axis of the groups out.
     grouped, scaled = ((rows, groups, group), (rows, groups, 1)) if groups > 1 else ((rows, columns), (rows, 1))
-    name = tensor.entry.name
-    stem = name.removesuffix("weight")
-    yield part_of(tensor, 0, name, form.dtype, (packed,) if form.flat else grouped)
-    for number, suffix in enumerate(("scale", "zero_point")[: len(tensor.layout.parts) - 1], 1):
-        yield part_of(tensor, number, stem + suffix, form.scale_dtype or tensor.layout.parts[number].dtype, scaled)
+    stem = tensor.entry.name.removesuffix("weight")
+    yield part_of(tensor, 0, stem + "weight", form.dtype, (layout.parts[0].nbytes,) if form.flat else grouped)
+    for number, suffix in enumerate(("scale", "zero_point")[: len(layout.parts) - 1], 1):
+        yield part_of(tensor, number, stem + suffix, form.scale_dtype or layout.parts[number].dtype, scaled)
 
 
 def _configure(tensors: list[StoredTensor]) -> dict[str, Any]:
-    qtype = next(tensor.layout.qtype for tensor in tensors if not isinstance(tensor.layout, bytes))
-    kept = [tensor.entry.name for tensor in tensors if isinstance(tensor.layout, bytes) or len(tensor.entry.shape) != 2]
+    qtype = next((layout.qtype for tensor in tensors if (layout := _packed_layout(tensor))), None)
+    if qtype is None:
+        return {}
+    kept = {
+        tensor.entry.name
+        for tensor in tensors
+        if _packed_layout(tensor) is None and len(tensor.entry.shape) == 2 and "*" not in tensor.entry.name
+    }
     return {
         "quantization_config": {
             "quant_method": "sdnq",
             "weights_dtype": _FORMS[qtype.name].weights_dtype,
             "group_size": qtype.group_size,
-            "add_skip_keys": False,
-            "modules_to_not_convert": [name for name in kept if name.endswith(".weight")],
-            "dequantize_fp32": True,
             "use_quantized_matmul": False,
+            "dequantize_fp32": True,
+            "add_skip_keys": False,
+            # lm_head: a module without a tensor of its own where it is tied.
+            "modules_to_not_convert": [*sorted(name for name in kept if name.endswith(".weight")), "lm_head"],
         }
     }

@@ -22,7 +22,6 @@ from modelcask.importer import ImportResult
 from modelcask.quantize import QUANT_TYPES
 from modelcask.store import Store
 
-
 # How a tensor's reason for being kept begins if its dtype is one that weights are quantized to.
 _QUANTIZED_DTYPES = ("dtype F8", "dtype F6", "dtype F4", "dtype U8", "dtype I8")
 
