@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -45,25 +46,47 @@ def main() -> None:
         def import_again() -> None:
             results["again"] = run_import(model, work / "store")
 
+        def import_copy() -> None:
+            run_import(work / "same", work / "store")
+
+        def import_int4() -> None:
+            run_import(model, work / "store4", "--quantize", "int4")
+
+        def import_int4_copy() -> None:
+            run_import(work / "same", work / "store4", "--quantize", "int4")
+
         def fresh() -> None:
-            shutil.rmtree(work / "store", ignore_errors=True)
-            shutil.rmtree(work / "copy", ignore_errors=True)
+            for name in ("store", "store4", "copy"):
+                shutil.rmtree(work / name, ignore_errors=True)
             subprocess.run(["sync"], check=True)
 
+        # The same content in other files: nothing tells it but its bytes. Linked, so that it takes no page cache.
+        shutil.copytree(model, work / "same", copy_function=os.link)
         medians = alternate(
-            {"(clean up)": fresh, "cp -r + sync": copy, "import": first_import, "import again": import_again},
+            {
+                "(clean up)": fresh,
+                "cp -r + sync": copy,
+                "import": first_import,
+                "import again": import_again,
+                "import its copy": import_copy,
+                "import int4": import_int4,
+                "import its copy int4": import_int4_copy,
+            },
             rounds=options.rounds,
         )
         peer = medians["cp -r + sync"]
-        print(f"import / (cp -r + sync):       {medians['import'] / peer:.2f}")
-        print(f"import again / (cp -r + sync): {medians['import again'] / peer:.2f}")
+        for side, median in list(medians.items())[2:]:
+            print(f"{side + ' / (cp -r + sync):':45} {median / peer:.2f}")
         shutil.rmtree(work / "store")
-        print(f"peak RSS of an import:         {peak_rss_mib(import_command(model, work / 'store')):.0f} MiB")
+        print(f"peak RSS of an import:      {peak_rss_mib(import_command(model, work / 'store')):.0f} MiB")
+        shutil.rmtree(work / "store4")
+        command = [*import_command(model, work / "store4"), "--quantize", "int4"]
+        print(f"peak RSS of an int4 import: {peak_rss_mib(command):.0f} MiB")
 
 
-def run_import(model: Path, store: Path) -> object:
+def run_import(model: Path, store: Path, *options: str) -> object:
     """Import through the command line, as a user does."""
-    done = subprocess.run(import_command(model, store), check=True, capture_output=True)
+    done = subprocess.run([*import_command(model, store), *options], check=True, capture_output=True)
     return json.loads(done.stdout)
 
 
