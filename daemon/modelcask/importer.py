@@ -69,12 +69,15 @@ class ImportResult:
     seconds: float
 
 
-def run_import(store: Store, plan: ImportPlan, *, report: Report, stop: threading.Event) -> list[ImportResult]:
+def run_import(
+    store: Store, plan: ImportPlan, *, report: Report, stop: threading.Event, reread: bool = False
+) -> list[ImportResult]:
     """Import all of `plan`'s models; the manifests are durable when it returns.
 
     Args:
         report: called with the source's bytes done and in total, from any thread, often.
         stop: when set, the import ends soon with `Interrupted`.
+        reread: read also files that have not changed since they were imported.
 
     Raises:
         SourceChanged: the folder changed meanwhile.
@@ -83,7 +86,7 @@ def run_import(store: Store, plan: ImportPlan, *, report: Report, stop: threadin
     """
     started = time.monotonic()
     with store.ingestion() as ingestion:
-        work = _Work(store, ingestion, plan, report, stop)
+        work = _Work(store, ingestion, plan, report, stop, reread)
         try:
             work.store_sources()
         except Interrupted:
@@ -105,8 +108,7 @@ def run_import(store: Store, plan: ImportPlan, *, report: Report, stop: threadin
 
 
 def _record(store: Store, plan: ImportPlan, ranges: RangeStore, results: list[ImportResult]) -> None:
-    store.index.remember_predictions(ranges.predictions)
-    store.index.remember_quantizations(ranges.quantizations)
+    store.index.remember(predictions=ranges.predictions, unchanged=ranges.unchanged, quantizations=ranges.quantizations)
     for result in results:
         store.index.record_import(
             name=str(result.name),
@@ -127,6 +129,7 @@ class _Work:
     plan: ImportPlan
     report: Report
     stop: threading.Event
+    reread: bool
     tensors: dict[tuple[PurePosixPath, str], Layer] = field(default_factory=dict)
     costs: dict[str, tuple[float, float]] = field(default_factory=dict)
     files: dict[PurePosixPath, Layer] = field(default_factory=dict)
@@ -135,7 +138,7 @@ class _Work:
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def __post_init__(self) -> None:
-        self.ranges = RangeStore(self.ingestion, self.store, self.stop, self._advance)
+        self.ranges = RangeStore(self.ingestion, self.store, self.stop, self._advance, reread=self.reread)
 
     def store_sources(self) -> None:
         """Store the tensors of all shards and all other files, each once."""
@@ -220,7 +223,7 @@ class _Work:
     def _store_tensor(self, fd: int, shard: Shard, tensor: TensorEntry) -> None:
         header = blob_header(tensor.name, tensor.dtype, tensor.shape, tensor.nbytes)
         offset = shard.layout.data_start + tensor.begin
-        range_ = SourceRange(fd, shard.file.host, header, offset, tensor.nbytes)
+        range_ = SourceRange(fd, shard.file, header, offset, tensor.nbytes)
         name = f"{shard.component}/{tensor.name}"
         key = (shard.file.path, tensor.name)
         qtype = self.plan.quantize
@@ -234,7 +237,7 @@ class _Work:
 
     def _store_file(self, file: SourceFile) -> None:
         with source.opened(file) as fd:
-            digest = self.ranges.store(SourceRange(fd, file.host, b"", 0, file.size))
+            digest = self.ranges.store(SourceRange(fd, file, b"", 0, file.size))
         self.files[file.path] = Layer(FILE_TYPE, digest, file.size, str(file.path))
 
     def _put(self, media_type: str, name: str, data: bytes) -> Layer:

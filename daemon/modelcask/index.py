@@ -24,6 +24,11 @@ CREATE TABLE IF NOT EXISTS predictions (
     sample BLOB PRIMARY KEY,
     digest TEXT NOT NULL                -- sha256:<hex> of the blob
 ) WITHOUT ROWID;
+-- What a range of a file hashed to, for as long as the file does not change.
+CREATE TABLE IF NOT EXISTS unchanged (
+    fingerprint BLOB PRIMARY KEY,       -- xxh3-128 of the file's identity, the offset and the blob header
+    digest TEXT NOT NULL                -- sha256:<hex> of the blob
+) WITHOUT ROWID;
 -- What a tensor was quantized to, so that one that is met again is neither quantized nor written again.
 CREATE TABLE IF NOT EXISTS quantizations (
     source TEXT NOT NULL,               -- sha256:<hex> of the tensor's blob as it would be stored unquantized
@@ -101,10 +106,17 @@ class Index:
         self._lock = threading.Lock()
         with self._using():
             self._db = sqlite3.connect(path, timeout=30, check_same_thread=False, isolation_level=None)
-            self._db.execute("PRAGMA journal_mode=WAL")
-            # WAL with NORMAL keeps the database whole through a power cut; losing the last rows costs a re-read.
-            self._db.execute("PRAGMA synchronous=NORMAL")
-            self._db.executescript(_SCHEMA)
+            try:
+                self._prepare()
+            except sqlite3.Error:
+                self._db.close()
+                raise
+
+    def _prepare(self) -> None:
+        self._db.execute("PRAGMA journal_mode=WAL")
+        # WAL with NORMAL keeps the database whole through a power cut; losing the last rows costs a re-read.
+        self._db.execute("PRAGMA synchronous=NORMAL")
+        self._db.executescript(_SCHEMA)
 
     def close(self) -> None:
         with self._using():
@@ -112,16 +124,38 @@ class Index:
 
     def predicted(self, sample: bytes) -> Digest | None:
         """The digest a tensor with this sample had before."""
-        with self._using():
-            row = self._db.execute("SELECT digest FROM predictions WHERE sample = ?", (sample,)).fetchone()
-        return Digest.parse(row[0]) if row else None
+        return self._digest("SELECT digest FROM predictions WHERE sample = ?", sample)
 
-    def remember_predictions(self, predictions: dict[bytes, Digest]) -> None:
+    def unchanged(self, fingerprint: bytes) -> Digest | None:
+        """The digest that this range of a file had when it was read, with the file as it is now."""
+        return self._digest("SELECT digest FROM unchanged WHERE fingerprint = ?", fingerprint)
+
+    def remember(
+        self,
+        *,
+        predictions: dict[bytes, Digest],
+        unchanged: dict[bytes, Digest],
+        quantizations: dict[QuantizationKey, Quantization],
+    ) -> None:
+        """Keep what an import found out for the next."""
         with self._transaction() as db:
+            for table, rows in (("predictions", predictions), ("unchanged", unchanged)):
+                db.executemany(
+                    f"INSERT OR REPLACE INTO {table} VALUES (?, ?)",
+                    [(key, str(digest)) for key, digest in rows.items()],
+                )
             db.executemany(
-                "INSERT OR REPLACE INTO predictions VALUES (?, ?)",
-                [(sample, str(digest)) for sample, digest in predictions.items()],
+                "INSERT OR REPLACE INTO quantizations VALUES (?, ?, ?, ?, ?, ?)",
+                [
+                    (str(key.source), key.qtype, key.kernel, str(done.blob), done.squared_error, done.squared_source)
+                    for key, done in quantizations.items()
+                ],
             )
+
+    def _digest(self, query: str, key: bytes) -> Digest | None:
+        with self._using():
+            row = self._db.execute(query, (key,)).fetchone()
+        return Digest.parse(row[0]) if row else None
 
     def quantization(self, key: QuantizationKey) -> Quantization | None:
         """What a tensor was quantized to before. Whether that blob still exists is not known here."""
@@ -132,16 +166,6 @@ class Index:
                 (str(key.source), key.qtype, key.kernel),
             ).fetchone()
         return Quantization(Digest.parse(row[0]), row[1], row[2]) if row else None
-
-    def remember_quantizations(self, quantizations: dict[QuantizationKey, Quantization]) -> None:
-        with self._transaction() as db:
-            db.executemany(
-                "INSERT OR REPLACE INTO quantizations VALUES (?, ?, ?, ?, ?, ?)",
-                [
-                    (str(key.source), key.qtype, key.kernel, str(done.blob), done.squared_error, done.squared_source)
-                    for key, done in quantizations.items()
-                ],
-            )
 
     def record_import(
         self, *, name: str, manifest: Digest, source: Path, seconds: float, new_bytes: int, reused_bytes: int

@@ -5,6 +5,10 @@ written, so what is stored already costs no write. A larger range would have to 
 hashed and written in one pass, unless the index predicts, from samples of its bytes, that it is stored
 already: then it is hashed only, and sha256 decides.
 
+A file that has not changed since it was read (device, inode, size, mtime, ctime) is not read again: the index
+remembers what its ranges hashed to, and that the blobs are still there is checked. Backup programs trust the
+same; `reread` does without.
+
 A tensor to be quantized is known by the digest it would have unquantized; one that was quantized before, and
 whose blob is still there, is neither quantized nor written again.
 """
@@ -14,22 +18,26 @@ from __future__ import annotations
 import hashlib
 import os
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Self, TypeVar
 
 import xxhash
 
 from modelcask import durable
 from modelcask.blobs import Ingestion
 from modelcask.digest import Digest
-from modelcask.errors import Interrupted, SourceChanged
-from modelcask.index import Quantization, QuantizationKey
+from modelcask.errors import IndexFailed, Interrupted, SourceChanged
+from modelcask.index import Index, Quantization, QuantizationKey
 from modelcask.quantize import KERNEL_VERSION, QuantizedLayout
+from modelcask.source import SourceFile
 from modelcask.store import Store
+
+_Answer = TypeVar("_Answer")
 
 # One a thread. Nearly all tensors of today's models fit.
 _BUFFER = 32 << 20
@@ -37,6 +45,7 @@ _BUFFER = 32 << 20
 # quantized. A whole number of groups of every quantization type and dtype.
 _PIECE = 1 << 20
 _SAMPLE = 64 << 10
+_SETTLED_NS = 2_000_000_000
 assert max(_PIECE, _SAMPLE) <= _BUFFER  # both pass through the buffer
 
 
@@ -45,11 +54,11 @@ class SourceRange:
     """`length` bytes at `offset` of the open file `fd`; `header` goes before them in the blob.
 
     Attributes:
-        where: the file, for errors.
+        file: what `fd` is; its identity is still the one it had when it was looked at.
     """
 
     fd: int
-    where: Path
+    file: SourceFile
     header: bytes
     offset: int
     length: int
@@ -57,6 +66,13 @@ class SourceRange:
     @property
     def blob_size(self) -> int:
         return len(self.header) + self.length
+
+    @property
+    def fingerprint(self) -> bytes:
+        """What tells this range of this state of the file from all others."""
+        hasher = xxhash.xxh3_128(repr((self.file.identity, self.offset, self.length)).encode())
+        hasher.update(self.header)
+        return hasher.digest()
 
 
 class RangeStore:
@@ -68,26 +84,46 @@ class RangeStore:
     """
 
     def __init__(
-        self, ingestion: Ingestion, store: Store, stop: threading.Event, advance: Callable[[int], None]
+        self,
+        ingestion: Ingestion,
+        store: Store,
+        stop: threading.Event,
+        advance: Callable[[int], None],
+        *,
+        reread: bool,
     ) -> None:
         """
         Args:
+            reread: read files again that have not changed since they were read.
             store: its index is opened when it is needed first.
             stop: when set, whatever is under way ends soon with `Interrupted`.
             advance: told the source's bytes that are done, in portions.
         """
         self._ingestion = ingestion
-        self._store = store
+        self._store_of_index = store
         self._stop = stop
         self._advance = advance
+        self._reread = reread
+        # A file that was written to a moment ago may be written to again within the same tick of its clock.
+        self._settled_before = time.time_ns() - _SETTLED_NS
         self._local = threading.local()
         self._lock = threading.Lock()
         self.new: set[Digest] = set()
         self.predictions: dict[bytes, Digest] = {}
+        self.unchanged: dict[bytes, Digest] = {}
         self.quantizations: dict[QuantizationKey, Quantization] = {}
 
     def store(self, source: SourceRange) -> Digest:
         """Store the range as it is."""
+        known = self._unchanged(source)
+        if known is not None and self._ingestion.has(known, source.blob_size):
+            self._advance(source.length)
+            return known
+        digest = self._store(source)
+        self._note_unchanged(source, digest)
+        return digest
+
+    def _store(self, source: SourceRange) -> Digest:
         if source.length <= _BUFFER:
             data = self._read_whole(source)
             digest = Digest.of(source.header, data)
@@ -98,7 +134,7 @@ class RangeStore:
                 self._stage(temporary, digest, source.blob_size)
             return digest
         sample = self._sample(source)
-        predicted = self._store.index.predicted(sample)
+        predicted = self._ask(lambda index: index.predicted(sample))
         if predicted is not None and self._ingestion.has(predicted, source.blob_size):
             digest = self._pass_through(source, lambda _: None)
             if self._ingestion.has(digest, source.blob_size):
@@ -113,6 +149,17 @@ class RangeStore:
 
     def store_quantized(self, source: SourceRange, dtype: str, layout: QuantizedLayout) -> Quantization:
         """Store the range, a tensor of `dtype` whose unquantized blob begins with `source.header`, quantized."""
+        digest = self._unchanged(source)
+        known = None if digest is None else self._known_quantization(self._key(digest, layout), layout)
+        if known is not None:
+            self._advance(source.length)
+            return known
+        digest, done = self._store_quantized(source, dtype, layout)
+        self._note_unchanged(source, digest)
+        return done
+
+    def _store_quantized(self, source: SourceRange, dtype: str, layout: QuantizedLayout) -> tuple[Digest, Quantization]:
+        """The digest the tensor would have unquantized, and what it was quantized to."""
         if source.length <= _BUFFER:
             data = self._read_whole(source)
             key = self._key(Digest.of(source.header, data), layout)
@@ -124,21 +171,21 @@ class RangeStore:
                         file.add(data[begin : begin + _PIECE])
                     known = file.finish()
                 self._remember_quantized(key, known, file, layout)
-            return known
+            return key.source, known
         sample = self._sample(source)
-        predicted = self._store.index.predicted(sample)
+        predicted = self._ask(lambda index: index.predicted(sample))
         if predicted is not None and self._known_quantization(self._key(predicted, layout), layout) is not None:
             key = self._key(self._pass_through(source, lambda _: None), layout)
             known = self._known_quantization(key, layout)
             if known is not None:
-                return known
+                return key.source, known
             self._advance(-source.length)  # a wrong prediction: once more
         with _QuantizedFile(self._ingestion, dtype, layout) as file:
             key = self._key(self._pass_through(source, file.add), layout)
             known = file.finish()
         self._remember_quantized(key, known, file, layout)
         self._predict(sample, key.source)
-        return known
+        return key.source, known
 
     def put(self, data: bytes) -> Digest:
         """Store a small blob that is no range of a file."""
@@ -147,12 +194,28 @@ class RangeStore:
             self._note_new(digest)
         return digest
 
+    def _ask(self, question: Callable[[Index], _Answer | None]) -> _Answer | None:
+        """The index's answer; None also where it cannot be used, for it only saves work."""
+        try:
+            return question(self._store_of_index.index)
+        except IndexFailed:
+            return None  # a full disk, most likely: the import will tell, or succeed without
+
+    def _unchanged(self, source: SourceRange) -> Digest | None:
+        return None if self._reread else self._ask(lambda index: index.unchanged(source.fingerprint))
+
+    def _note_unchanged(self, source: SourceRange, digest: Digest) -> None:
+        *_, mtime, ctime = source.file.identity
+        if max(mtime, ctime) < self._settled_before:
+            with self._lock:
+                self.unchanged[source.fingerprint] = digest
+
     def _key(self, source: Digest, layout: QuantizedLayout) -> QuantizationKey:
         return QuantizationKey(source, layout.qtype.name, KERNEL_VERSION)
 
     def _known_quantization(self, key: QuantizationKey, layout: QuantizedLayout) -> Quantization | None:
         """What the tensor was quantized to, if that is still stored."""
-        known = self.quantizations.get(key) or self._store.index.quantization(key)
+        known = self.quantizations.get(key) or self._ask(lambda index: index.quantization(key))
         return known if known is not None and self._ingestion.has(known.blob, layout.size) else None
 
     def _remember_quantized(
@@ -197,10 +260,10 @@ class RangeStore:
         position = source.offset + skip
         while target:
             self._check_stop()
-            with _naming(source.where):
+            with _naming(source.file.host):
                 count = os.preadv(source.fd, [target], position)
             if count == 0:
-                raise SourceChanged(source.where)
+                raise SourceChanged(source.file.host)
             target, position = target[count:], position + count
 
     def _check_stop(self) -> None:

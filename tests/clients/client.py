@@ -58,6 +58,19 @@ class Client:
         self._ask({"do": "run", "pipeline": pipeline, "folder": str(folder), "load": load, "image": str(image)})
         return load_file(image)["image"]
 
+    def mlx_digests(
+        self, shard: Path, quantization: dict[str, Any] | None, dtypes: dict[str, str]
+    ) -> dict[str, dict[str, str]]:
+        """What MLX finds in a shard: `mlx_reader.digests`."""
+        request = {"do": "mlx_digests", "shard": str(shard), "quantization": quantization, "dtypes": dtypes}
+        digests: dict[str, dict[str, str]] = self._ask(request)["digests"]
+        return digests
+
+    def shapes(self, shard: Path) -> dict[str, list[int]]:
+        """The shapes of a shard's tensors, each of them read by the safetensors library."""
+        shapes: dict[str, list[int]] = self._ask({"do": "shapes", "shard": str(shard)})["shapes"]
+        return shapes
+
     def close(self) -> None:
         """Ends the child, if need be by force."""
         self._pipe(self._process.stdin).close()
@@ -69,9 +82,9 @@ class Client:
         self._pipe(self._process.stdout).close()
         self._log.close()
 
-    def _ask(self, request: dict[str, Any]) -> None:
+    def _ask(self, request: dict[str, Any]) -> dict[str, Any]:
         self._pipe(self._process.stdin).write(json.dumps(request).encode() + b"\n")
-        self._read()
+        return self._read()
 
     def _read(self) -> dict[str, Any]:
         answers = self._pipe(self._process.stdout)

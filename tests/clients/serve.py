@@ -16,21 +16,34 @@ from typing import Any, TextIO
 
 import torch
 from diffusers.utils import constants
+from safetensors import safe_open
 from safetensors.torch import save_file
 
+from . import mlx_reader
+from .odd_pipelines import ODD_PIPELINES
 from .pipelines import PIPELINES
+
+_PIPELINES = {**PIPELINES, **ODD_PIPELINES}
 
 
 def _answer(request: dict[str, Any]) -> dict[str, Any]:
-    pipeline = PIPELINES[request["pipeline"]]
-    folder = Path(request["folder"])
-    if request["do"] == "build":
-        pipeline.build(folder)
-    else:
-        image = pipeline.run(folder, **request["load"])
-        save_file({"image": image.contiguous()}, request["image"])
-        # Modules refer to one another in cycles; what they have mapped would keep the mount busy.
-        gc.collect()
+    match request["do"]:
+        case "build":
+            _PIPELINES[request["pipeline"]].build(Path(request["folder"]))
+        case "run":
+            image = _PIPELINES[request["pipeline"]].run(Path(request["folder"]), **request["load"])
+            save_file({"image": image.contiguous()}, request["image"])
+            # Modules refer to one another in cycles; what they have mapped would keep the mount busy.
+            gc.collect()
+        case "mlx_digests":
+            digests = mlx_reader.digests(Path(request["shard"]), request["quantization"], request["dtypes"])
+            return {"ok": True, "digests": digests}
+        case "shapes":
+            with safe_open(request["shard"], "pt") as shard:
+                names = shard.keys()
+                return {"ok": True, "shapes": {name: list(shard.get_tensor(name).shape) for name in names}}
+        case unknown:
+            raise ValueError(unknown)
     return {"ok": True}
 
 

@@ -167,9 +167,8 @@ def test_the_error_is_what_dequantizing_shows(store: Store, tmp_path: Path, qtyp
     for name, fields in blob_header.items():
         if name != "__metadata__":
             begin, end = fields["data_offsets"]
-            parts.append(
-                np.frombuffer(data[begin:end], BIT_DTYPES.get(fields["dtype"], np.uint32)).reshape(fields["shape"])
-            )
+            bits = BIT_DTYPES.get(fields["dtype"], np.uint32)
+            parts.append(np.frombuffer(data[begin:end], bits).reshape(fields["shape"]))
     packed, scales, *biases = parts
     made = Quantized(packed, scales, biases[0] if biases else None)
     back = dequantize(QUANT_TYPES[qtype], "F32", made).view(np.float32).reshape(values.shape)

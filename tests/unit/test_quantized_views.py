@@ -46,7 +46,7 @@ def test_diffusers_has_the_dropped_headers_and_what_mlx_dequantizes(
         dropped = (vector_model / path).read_bytes()
         assert len(shard) == len(dropped)
         header, data = header_and_data(shard)
-        dropped_header, dropped_data = header_and_data(dropped)
+        _, dropped_data = header_and_data(dropped)
         assert shard[: len(shard) - len(data)] == dropped[: len(dropped) - len(dropped_data)]
         for name, fields in header.items():
             if name == "__metadata__":

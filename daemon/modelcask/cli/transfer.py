@@ -33,10 +33,18 @@ _QUANTIZED_DTYPES = ("dtype F8", "dtype F6", "dtype F4", "dtype U8", "dtype I8")
 @click.option(
     "--quantize", metavar="T", type=click.Choice(list(QUANT_TYPES)), help="Quantize: " + ", ".join(QUANT_TYPES) + "."
 )
+@click.option("--reread", is_flag=True, help="Read files again that have not changed since they were imported.")
 @store_option
 @json_option
 def import_command(
-    folder: Path, name: str | None, variant: str | None, quantize: str | None, root: Path, *, as_json: bool
+    folder: Path,
+    name: str | None,
+    variant: str | None,
+    quantize: str | None,
+    root: Path,
+    *,
+    reread: bool,
+    as_json: bool,
 ) -> None:
     """Store the diffusers model in the folder DIR.
 
@@ -55,7 +63,7 @@ def import_command(
     store = Store.create(root)
     names = ", ".join(str(model.name) for model in planned.models)
     with stopping_on_signals() as stop, progress(f"importing {names}", quiet=as_json) as report:
-        results = importer.run_import(store, planned, report=report, stop=stop)
+        results = importer.run_import(store, planned, report=report, stop=stop, reread=reread)
     if as_json:
         print_json([result_json(result) for result in results])
     else:
