@@ -78,6 +78,12 @@ def blob_files(store: Path) -> dict[str, int]:
     return {path.name: path.stat().st_size for path in (store / "blobs").iterdir()}
 
 
+def serving(store: Path) -> list[int]:
+    """The processes that serve the store."""
+    found = subprocess.run(["pgrep", "-f", f"modelcaskfs {store}"], capture_output=True, text=True, check=False)
+    return [int(pid) for pid in found.stdout.split()]
+
+
 def wait_for(condition: Callable[[], Any], *, seconds: float = 30.0) -> Any:
     """Wait until `condition()` is true; its value. Fails after `seconds`."""
     patience = threading.Event()

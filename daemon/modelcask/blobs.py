@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import shutil
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -150,10 +150,27 @@ class Ingestion:
             return False
         fd, path = self.create_temporary()
         try:
-            durable.write_all(fd, data)
+            with durable.naming(path):
+                durable.write_all(fd, data)
         finally:
             os.close(fd)
         return self.stage(path, digest, len(data))
+
+    def commit(self, blobs: Mapping[Digest, int]) -> None:
+        """Make all that is staged, and the names of all that was found, durable; the manifest may follow.
+
+        Args:
+            blobs: what the manifest needs, with the sizes.
+
+        Raises:
+            CorruptBlob: one of them is gone, taken into quarantine since it was found.
+        """
+        self.flush()
+        # Another import may have renamed what was found here, and not flushed the names yet.
+        durable.sync_directory(self._blobs.directory)
+        for digest, size in blobs.items():
+            if self._blobs.size(digest) != size:
+                raise CorruptBlob(self._blobs.path(digest), "this blob went away while it was counted on")
 
     def flush(self) -> None:
         """Make all that is staged durable and visible. Others go on staging meanwhile."""

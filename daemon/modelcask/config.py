@@ -97,7 +97,10 @@ class _Reader:
             return None
         if not isinstance(value, str) or not value:
             raise InvalidConfig(self._where, f"{prefix}{key}: write a path in quotes")
-        path = Path(value).expanduser()
+        try:
+            path = Path(value).expanduser()
+        except RuntimeError as error:
+            raise InvalidConfig(self._where, f"{prefix}{key}: {error}") from None
         if not path.is_absolute():
             raise InvalidConfig(
                 self._where, f"{prefix}{key}: {value!r} is relative; write an absolute path, or one with ~"
@@ -112,11 +115,13 @@ class _Reader:
             raise InvalidConfig(self._where, f"{prefix}path is missing")
         quantize, namespace = fields.get("quantize"), fields.get("namespace")
         after = fields.get("after", "keep")
-        if quantize is not None and quantize not in QUANT_TYPES:
+        if quantize is not None and not (isinstance(quantize, str) and quantize in QUANT_TYPES):
             raise InvalidConfig(self._where, f"{prefix}quantize: {quantize!r} is none of {', '.join(QUANT_TYPES)}")
         if after not in ("keep", "delete"):
             raise InvalidConfig(self._where, f'{prefix}after: {after!r} is neither "keep" nor "delete"')
         if namespace is not None:
+            if not isinstance(namespace, str) or "/" in namespace:
+                raise InvalidConfig(self._where, f"{prefix}namespace: write one name in quotes, without a '/'")
             try:
                 ModelName.parse(f"{namespace}/name")
             except InvalidName as error:

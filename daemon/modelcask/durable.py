@@ -10,7 +10,8 @@ import ctypes
 import errno
 import os
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 _SYNC_FILE_RANGE_WRITE = 2
@@ -82,9 +83,10 @@ def write_file(final: Path, data: bytes, *, temporary: Path, mode: int) -> None:
     fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
     try:
         try:
-            os.fchmod(fd, mode)
-            write_all(fd, data)
-            os.fsync(fd)
+            with naming(final):
+                os.fchmod(fd, mode)
+                write_all(fd, data)
+                os.fsync(fd)
         finally:
             os.close(fd)
         temporary.rename(final)
@@ -92,6 +94,16 @@ def write_file(final: Path, data: bytes, *, temporary: Path, mode: int) -> None:
         temporary.unlink(missing_ok=True)
         raise
     sync_directory(final.parent)
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Give errors of calls on a descriptor the name of its file."""
+    try:
+        yield
+    except OSError as error:
+        error.filename, error.filename2 = str(path), None
+        raise
 
 
 def write_all(fd: int, data: bytes | bytearray | memoryview) -> None:

@@ -6,8 +6,19 @@ error is never an `OSError`; errors of the disk pass through with their errno.
 
 from __future__ import annotations
 
+import errno
 from dataclasses import dataclass
 from pathlib import Path
+
+_WHAT_TO_DO = {
+    errno.ENOSPC: "free some space there (`modelcask gc` removes what no model needs), then try again",
+    errno.EDQUOT: "free some space there (`modelcask gc` removes what no model needs), then try again",
+    errno.EROFS: "make it writable, or give another --store",
+    errno.EACCES: "change the permissions, or run as a user who has them",
+    errno.EPERM: "change the permissions, or run as a user who has them",
+    errno.EIO: "the disk failed; look at `dmesg`",
+    errno.EMFILE: "raise the limit of open files (ulimit -n)",
+}
 
 
 def printable(text: str) -> str:
@@ -18,6 +29,14 @@ def printable(text: str) -> str:
     if text.isprintable():
         return text
     return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)
+
+
+def disk_error(error: OSError) -> str:
+    """One line for an error of the disk: what, where, what to do."""
+    where = printable(str(error.filename)) + ": " if error.filename else ""
+    what = (error.strerror or str(error)).lower()
+    advice = _WHAT_TO_DO.get(error.errno or 0)
+    return f"{where}{what}" + (f"; {advice}" if advice else "")
 
 
 class ModelcaskError(Exception):
@@ -97,6 +116,16 @@ class ModelNotFound(ModelcaskError):
 
     def message(self) -> str:
         return f"{self.name}: no such model in {self.store}; `modelcask ls` lists the models"
+
+
+@dataclass(eq=False)
+class NoImageModel(ModelcaskError):
+    """A model of another kind in a store that is shared with Ollama."""
+
+    name: str
+
+    def message(self) -> str:
+        return f"{self.name}: is no image model; look after it with the program that stored it (ollama)"
 
 
 @dataclass(eq=False)

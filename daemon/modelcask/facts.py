@@ -8,8 +8,9 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from modelcask.digest import Digest
-from modelcask.errors import InvalidManifest
+from modelcask.errors import InvalidManifest, NoImageModel
 from modelcask.manifests import HEADER_TYPE, JSON_TYPE, MODEL_INDEX, REPORT_TYPE, TENSOR_TYPE, Layer, StoredManifest
+from modelcask.names import ModelName
 from modelcask.quantize import eligible
 from modelcask.quantize.report import QuantizationReport
 from modelcask.safetensors_layout import TensorEntry, parse_header, strict_json
@@ -81,6 +82,19 @@ class Difference:
     changed: tuple[str, ...]
     only_first: tuple[str, ...]
     only_second: tuple[str, ...]
+
+
+def image_model(store: Store, name: str) -> StoredManifest:
+    """The image model called `name`.
+
+    Raises:
+        InvalidName, ModelNotFound, InvalidManifest: there is none.
+        NoImageModel: another program's model has that name in this store.
+    """
+    stored = store.manifests.read(ModelName.parse(name))
+    if not stored.manifest.is_image_model:
+        raise NoImageModel(str(stored.name))
+    return stored
 
 
 def summarize(store: Store, stored: StoredManifest) -> Summary:

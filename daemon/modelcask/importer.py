@@ -37,7 +37,7 @@ from modelcask.names import ModelName
 from modelcask.plan import MAX_JSON, ImportPlan, ModelPlan, Shard
 from modelcask.quantize import eligible, quantized_layout
 from modelcask.quantize.report import QuantizationReport
-from modelcask.range_store import RangeStore, SourceRange
+from modelcask.range_store import WORKERS, RangeStore, SourceRange
 from modelcask.safetensors_layout import TensorEntry, blob_header
 from modelcask.source import LeftOut, SourceFile
 from modelcask.store import Store
@@ -69,15 +69,12 @@ class ImportResult:
     seconds: float
 
 
-def run_import(
-    store: Store, plan: ImportPlan, *, report: Report, stop: threading.Event, reread: bool = False
-) -> list[ImportResult]:
+def run_import(store: Store, plan: ImportPlan, *, report: Report, stop: threading.Event) -> list[ImportResult]:
     """Import all of `plan`'s models; the manifests are durable when it returns.
 
     Args:
         report: called with the source's bytes done and in total, from any thread, often.
         stop: when set, the import ends soon with `Interrupted`.
-        reread: read also files that have not changed since they were imported.
 
     Raises:
         SourceChanged: the folder changed meanwhile.
@@ -86,18 +83,22 @@ def run_import(
     """
     started = time.monotonic()
     with store.ingestion() as ingestion:
-        work = _Work(store, ingestion, plan, report, stop, reread)
+        work = _Work(store, ingestion, plan, report, stop)
         try:
             work.store_sources()
         except Interrupted:
             raise Interrupted(str(plan.folder.root)) from None
         manifests = [(model, work.manifest(model)) for model in plan.models]
-        ingestion.flush()
+        for _, manifest in manifests:
+            ingestion.commit(manifest.blobs())
         source.check_unchanged(plan.folder)
         results = []
         for model, manifest in manifests:
             name = store.manifests.stored_name(model.name)
-            digest = store.manifests.write(name, manifest, temporary=ingestion.temporary_name())
+            # A blob that was stored anew may have been read before, when it was damaged: another state of the
+            # manifest's file makes mounts forget what they have of it.
+            renew = not work.ranges.new.isdisjoint(manifest.blobs())
+            digest = store.manifests.write(name, manifest, temporary=ingestion.temporary_name(), renew=renew)
             results.append(work.result(model, name, manifest, digest, time.monotonic() - started))
     try:
         _record(store, plan, work.ranges, results)
@@ -108,7 +109,9 @@ def run_import(
 
 
 def _record(store: Store, plan: ImportPlan, ranges: RangeStore, results: list[ImportResult]) -> None:
-    store.index.remember(predictions=ranges.predictions, unchanged=ranges.unchanged, quantizations=ranges.quantizations)
+    store.index.remember(
+        predictions=ranges.predictions, quantizations=ranges.quantizations, fingerprints=ranges.fingerprints
+    )
     for result in results:
         store.index.record_import(
             name=str(result.name),
@@ -129,7 +132,6 @@ class _Work:
     plan: ImportPlan
     report: Report
     stop: threading.Event
-    reread: bool
     tensors: dict[tuple[PurePosixPath, str], Layer] = field(default_factory=dict)
     costs: dict[str, tuple[float, float]] = field(default_factory=dict)
     files: dict[PurePosixPath, Layer] = field(default_factory=dict)
@@ -138,7 +140,7 @@ class _Work:
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def __post_init__(self) -> None:
-        self.ranges = RangeStore(self.ingestion, self.store, self.stop, self._advance, reread=self.reread)
+        self.ranges = RangeStore(self.ingestion, self.store, self.stop, self._advance)
 
     def store_sources(self) -> None:
         """Store the tensors of all shards and all other files, each once."""
@@ -146,22 +148,21 @@ class _Work:
         files = {file.path: file for model in self.plan.models for file in model.files}
         self.total_bytes = sum(shard.file.size for shard in shards.values()) + sum(f.size for f in files.values())
         self.report(0, self.total_bytes)
-        workers = max(2, min(8, os.cpu_count() or 2))
-        with ExitStack() as open_files, ThreadPoolExecutor(workers, "import") as pool:
+        with ExitStack() as open_files, ThreadPoolExecutor(WORKERS, "import") as pool:
             jobs: list[Future[None]] = []
-            for shard in shards.values():
-                fd = open_files.enter_context(source.opened(shard.file))
-                os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_SEQUENTIAL)
-                self._advance(shard.layout.data_start)
-                jobs.extend(pool.submit(self._store_tensor, fd, shard, tensor) for tensor in shard.layout.tensors)
-            jobs.extend(pool.submit(self._store_file, file) for file in files.values())
             try:
+                for shard in shards.values():
+                    fd = open_files.enter_context(source.opened(shard.file))
+                    os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_SEQUENTIAL)
+                    self._advance(shard.layout.data_start)
+                    jobs.extend(pool.submit(self._store_tensor, fd, shard, tensor) for tensor in shard.layout.tensors)
+                jobs.extend(pool.submit(self._store_file, file) for file in files.values())
                 finished, _ = wait(jobs, return_when=FIRST_EXCEPTION)
                 for job in finished:
                     job.result()
             except BaseException:
+                self.ranges.give_up()
                 pool.shutdown(wait=False, cancel_futures=True)
-                self.stop.set()
                 raise
 
     def manifest(self, model: ModelPlan) -> Manifest:

@@ -13,9 +13,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import quote
 
 from modelcask.digest import Digest
-from modelcask.errors import IndexFailed
+from modelcask.errors import IndexFailed, printable
 
 # This is the reference for every column.
 _SCHEMA = """
@@ -24,10 +25,10 @@ CREATE TABLE IF NOT EXISTS predictions (
     sample BLOB PRIMARY KEY,
     digest TEXT NOT NULL                -- sha256:<hex> of the blob
 ) WITHOUT ROWID;
--- What a range of a file hashed to, for as long as the file does not change.
-CREATE TABLE IF NOT EXISTS unchanged (
-    fingerprint BLOB PRIMARY KEY,       -- xxh3-128 of the file's identity, the offset and the blob header
-    digest TEXT NOT NULL                -- sha256:<hex> of the blob
+-- What `verify --quick` compares a blob with.
+CREATE TABLE IF NOT EXISTS fingerprints (
+    digest TEXT PRIMARY KEY,            -- sha256:<hex>
+    xxh3 BLOB NOT NULL                  -- xxh3-64 of the blob, eight bytes, taken when its sha256 was
 ) WITHOUT ROWID;
 -- What a tensor was quantized to, so that one that is met again is neither quantized nor written again.
 CREATE TABLE IF NOT EXISTS quantizations (
@@ -101,13 +102,19 @@ class Index:
     Every method raises `IndexFailed` where the database cannot be used.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, read_only: bool = False) -> None:
+        """
+        Args:
+            read_only: for looking; needs neither space nor the right to write. The database must exist.
+        """
         self._path = path
         self._lock = threading.Lock()
+        uri = f"file:{quote(str(path))}" + ("?mode=ro" if read_only else "")
         with self._using():
-            self._db = sqlite3.connect(path, timeout=30, check_same_thread=False, isolation_level=None)
+            self._db = sqlite3.connect(uri, uri=True, timeout=30, check_same_thread=False, isolation_level=None)
             try:
-                self._prepare()
+                if not read_only:
+                    self._prepare()
             except sqlite3.Error:
                 self._db.close()
                 raise
@@ -124,38 +131,40 @@ class Index:
 
     def predicted(self, sample: bytes) -> Digest | None:
         """The digest a tensor with this sample had before."""
-        return self._digest("SELECT digest FROM predictions WHERE sample = ?", sample)
+        with self._using():
+            row = self._db.execute("SELECT digest FROM predictions WHERE sample = ?", (sample,)).fetchone()
+        return Digest.parse(row[0]) if row else None
 
-    def unchanged(self, fingerprint: bytes) -> Digest | None:
-        """The digest that this range of a file had when it was read, with the file as it is now."""
-        return self._digest("SELECT digest FROM unchanged WHERE fingerprint = ?", fingerprint)
+    def fingerprints(self) -> dict[Digest, int]:
+        """The fingerprints of blobs, where they are known."""
+        with self._using():
+            rows = self._db.execute("SELECT digest, xxh3 FROM fingerprints").fetchall()
+        return {Digest.parse(digest): int.from_bytes(xxh3) for digest, xxh3 in rows}
 
     def remember(
         self,
         *,
-        predictions: dict[bytes, Digest],
-        unchanged: dict[bytes, Digest],
-        quantizations: dict[QuantizationKey, Quantization],
+        predictions: dict[bytes, Digest] | None = None,
+        quantizations: dict[QuantizationKey, Quantization] | None = None,
+        fingerprints: dict[Digest, int] | None = None,
     ) -> None:
         """Keep what an import found out for the next."""
         with self._transaction() as db:
-            for table, rows in (("predictions", predictions), ("unchanged", unchanged)):
-                db.executemany(
-                    f"INSERT OR REPLACE INTO {table} VALUES (?, ?)",
-                    [(key, str(digest)) for key, digest in rows.items()],
-                )
+            db.executemany(
+                "INSERT OR REPLACE INTO predictions VALUES (?, ?)",
+                [(sample, str(digest)) for sample, digest in (predictions or {}).items()],
+            )
+            db.executemany(
+                "INSERT OR REPLACE INTO fingerprints VALUES (?, ?)",
+                [(str(digest), xxh3.to_bytes(8)) for digest, xxh3 in (fingerprints or {}).items()],
+            )
             db.executemany(
                 "INSERT OR REPLACE INTO quantizations VALUES (?, ?, ?, ?, ?, ?)",
                 [
                     (str(key.source), key.qtype, key.kernel, str(done.blob), done.squared_error, done.squared_source)
-                    for key, done in quantizations.items()
+                    for key, done in (quantizations or {}).items()
                 ],
             )
-
-    def _digest(self, query: str, key: bytes) -> Digest | None:
-        with self._using():
-            row = self._db.execute(query, (key,)).fetchone()
-        return Digest.parse(row[0]) if row else None
 
     def quantization(self, key: QuantizationKey) -> Quantization | None:
         """What a tensor was quantized to before. Whether that blob still exists is not known here."""
@@ -174,7 +183,7 @@ class Index:
             db.execute(
                 "INSERT INTO imports (name, manifest, source, finished, seconds, new_bytes, reused_bytes)"
                 " VALUES (?, ?, ?, ?, ?, ?, ?)",
-                (name, str(manifest), str(source), time.time(), seconds, new_bytes, reused_bytes),
+                (name, str(manifest), printable(str(source)), time.time(), seconds, new_bytes, reused_bytes),
             )
 
     def drops(self) -> list[Drop]:

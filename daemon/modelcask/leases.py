@@ -13,16 +13,20 @@ from __future__ import annotations
 import fcntl
 import os
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
 from modelcask import durable
 from modelcask.digest import Digest
-from modelcask.errors import InvalidDigest
+from modelcask.errors import InvalidDigest, ModelcaskError
 
 _GATE = "gate"
+_SOLE = "watch"
+# The kind of a lease that protects every blob: for a holder that cannot write down which it needs.
+EVERYTHING = "everything"
 
 
 class Lease:
@@ -37,12 +41,17 @@ class Lease:
         self._path = directory / f"{kind}-{durable.unique_suffix()}"
         self._lock = threading.Lock()
         self._gate = os.open(directory / _GATE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        self._fd = -1
         try:
             with shared_gate(directory):
                 self._fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_APPEND | os.O_CLOEXEC, 0o644)
                 fcntl.flock(self._fd, fcntl.LOCK_EX)
-                durable.write_all(self._fd, _lines(protected))
+                with durable.naming(self._path):
+                    durable.write_all(self._fd, _lines(protected))
         except BaseException:
+            if self._fd >= 0:
+                self._path.unlink(missing_ok=True)
+                os.close(self._fd)
             os.close(self._gate)
             raise
 
@@ -58,7 +67,8 @@ class Lease:
         with self._lock:
             fcntl.flock(self._gate, fcntl.LOCK_SH)
             try:
-                durable.write_all(self._fd, _lines((digest,)))
+                with durable.naming(self._path):
+                    durable.write_all(self._fd, _lines((digest,)))
                 yield
             finally:
                 fcntl.flock(self._gate, fcntl.LOCK_UN)
@@ -108,17 +118,78 @@ def live(directory: Path) -> dict[str, set[Digest]]:
     return leases
 
 
-def protected(directory: Path) -> set[Digest]:
+def protected(directory: Path) -> Container[Digest]:
     """All that the live leases protect; see `live`."""
-    return set().union(*live(directory).values())
+    leases = live(directory)
+    if any(name.partition("-")[0] == EVERYTHING for name in leases):
+        return _Everything()
+    return set().union(*leases.values())
 
 
 def remove_dead(directory: Path) -> None:
     """Remove the leases of holders that died. Call it under the exclusive gate: one being taken looks dead."""
     for path in _lease_files(directory):
-        with path.open("rb") as file:
-            if not _is_held(file.fileno()):
-                path.unlink(missing_ok=True)
+        try:
+            with path.open("rb") as file:
+                if not _is_held(file.fileno()):
+                    path.unlink(missing_ok=True)
+        except FileNotFoundError:
+            continue  # released meanwhile
+
+
+class SoleLease:
+    """A lease that one process at a time can hold: who watches for the store. Protects nothing."""
+
+    def __init__(self, directory: Path) -> None:
+        """Raises `LeaseTaken`, with the other's process id, if another process holds it."""
+        self._fd = os.open(directory / _SOLE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        try:
+            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = _read_pid(self._fd)
+            os.close(self._fd)
+            raise LeaseTaken(directory / _SOLE, holder) from None
+        os.truncate(self._fd, 0)
+        os.pwrite(self._fd, str(os.getpid()).encode(), 0)
+
+    def __enter__(self) -> SoleLease:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        os.close(self._fd)
+
+
+def sole_holder(directory: Path) -> int | None:
+    """The process that holds the sole lease, None if none does."""
+    try:
+        with (directory / _SOLE).open("rb") as file:
+            return _read_pid(file.fileno()) if _is_held(file.fileno()) else None
+    except FileNotFoundError:
+        return None
+
+
+@dataclass(eq=False)
+class LeaseTaken(ModelcaskError):
+    """Another process holds the sole lease."""
+
+    path: Path
+    pid: int
+
+    def message(self) -> str:
+        return f"{self.path}: process {self.pid} watches for this store already; stop that one first"
+
+
+class _Everything:
+    """Contains every digest."""
+
+    def __contains__(self, _digest: object) -> bool:
+        return True
+
+
+def _read_pid(fd: int) -> int:
+    return int(os.pread(fd, 20, 0) or b"0")
 
 
 @contextmanager
@@ -133,7 +204,7 @@ def _gate(directory: Path, operation: int) -> Iterator[None]:
 
 def _lease_files(directory: Path) -> list[Path]:
     try:
-        return [path for path in directory.iterdir() if path.name != _GATE]
+        return [path for path in directory.iterdir() if path.name not in (_GATE, _SOLE)]
     except FileNotFoundError:
         return []
 

@@ -179,10 +179,11 @@ class ManifestStore:
             raise InvalidManifest(path, "it does not lie at <host>/<namespace>/<name>/<tag>") from None
         return StoredManifest(name, path, Manifest.decode(data, path), Digest.of(data), version_of(stat))
 
-    def write(self, name: ModelName, manifest: Manifest, *, temporary: Path) -> Digest:
+    def write(self, name: ModelName, manifest: Manifest, *, temporary: Path, renew: bool = False) -> Digest:
         """Commit `manifest` under `name`, replacing what is there; durable when it returns.
 
-        All its blobs must be durable before. A file that holds these bytes already is left as it is.
+        All its blobs must be durable before. A file that holds these bytes already is left as it is, unless
+        it is to be renewed.
         """
         data = manifest.encode()
         path = self.path(name)
@@ -190,9 +191,13 @@ class ManifestStore:
             unchanged = path.read_bytes() == data
         except FileNotFoundError:
             unchanged = False
-        if not unchanged:
+        while renew or not unchanged:
             durable.make_directory(path.parent)
-            durable.write_file(path, data, temporary=temporary, mode=0o644)
+            try:
+                durable.write_file(path, data, temporary=temporary, mode=0o644)
+                break
+            except FileNotFoundError:
+                continue  # who removed the last other tag removed the directory, too
         return Digest.of(data)
 
     def remove(self, name: ModelName) -> None:

@@ -55,7 +55,7 @@ def unmount(mountpoint: Path) -> None:
     Raises:
         MountFailed: nothing of modelcask's is mounted there, or somebody uses it; says who.
     """
-    mountpoint = mountpoint.absolute()
+    mountpoint = Path(os.path.realpath(mountpoint))
     if mountpoint not in {mount.mountpoint for mount in current_mounts()}:
         raise MountFailed(mountpoint, "modelcask has nothing mounted here", "`modelcask status` lists the mounts")
     complaint = _run_unmount(mountpoint, lazy=False)

@@ -68,11 +68,6 @@ class ModelName:
         """Where the model stands below a view of the mount: the default host is left out."""
         return self.path.relative_to(DEFAULT_HOST) if self.host == DEFAULT_HOST else self.path
 
-    @property
-    def folded(self) -> ModelName:
-        """The key under which names that differ in case alone are the same."""
-        return ModelName(*(part.casefold() for part in (self.host, self.namespace, self.name, self.tag)))
-
     def with_tag(self, tag: str) -> ModelName:
         """The same model under another tag. Raises `InvalidName` if that is none."""
         _check_part(str(self), "tag", tag)
@@ -81,6 +76,11 @@ class ModelName:
     def __str__(self) -> str:
         host = "" if self.host == DEFAULT_HOST else self.host + "/"
         return f"{host}{self.namespace}/{self.name}:{self.tag}"
+
+
+def namespace_from_folder_name(folder: str) -> str:
+    """The namespace of the models in a folder: its name, with `-` for what the rules forbid."""
+    return _FORBIDDEN.sub("-", folder).replace(".", "-").lstrip("-")[:MAX_PART] or DEFAULT_NAMESPACE
 
 
 def _check_part(text: str, kind: str, part: str) -> None:

@@ -107,6 +107,7 @@ def plan_import(
         InvalidName: `name` is none.
     """
     model_index = read_model_index(folder)
+    check_numbered_shards(folder)
     shards = [_read_shard(file) for file in folder.files if file.path.suffix == ".safetensors"]
     check_components(folder, model_index, shards)
     for index_file in folder.files:
@@ -194,6 +195,26 @@ def check_components(folder: SourceFolder, model_index: Mapping[str, Any], shard
             raise InvalidModelFolder(where, "holds no weights (*.safetensors)", "complete the download")
 
 
+def check_numbered_shards(folder: SourceFolder) -> None:
+    """Check that of shards named `…-00001-of-00003.safetensors` all three are there, index or not.
+
+    Raises:
+        InvalidModelFolder: names the first that is missing.
+    """
+    present = folder.by_path()
+    for path in present:
+        match = _WEIGHTS.fullmatch(path.name)
+        if match is None or match["shard"] is None:
+            continue
+        total = match["shard"][-5:]
+        for number in range(1, int(total) + 1):
+            sibling = path.parent / path.name.replace(match["shard"], f"-{number:05}-of-{total}")
+            if sibling not in present:
+                raise InvalidModelFolder(
+                    folder.root / sibling, f"is missing, {path.name} is one of {int(total)}", "complete the download"
+                )
+
+
 def check_shard_index(folder: SourceFolder, file: SourceFile) -> None:
     """Check that every shard that an `….safetensors.index.json` lists is there; other files pass.
 
@@ -248,7 +269,7 @@ def _base_name(root: Path, *, name: str | None, namespace: str | None) -> tuple[
         given = ModelName.parse(name)
         has_tag = ":" in name.rpartition("/")[2]
         return given, given.tag if has_tag else ""
-    folder_name = root.absolute().name
+    folder_name = root.resolve().name
     if repository := source.repository_name(root):
         organisation, _, folder_name = repository.rpartition("/")
         namespace = namespace or organisation or None

@@ -5,10 +5,6 @@ written, so what is stored already costs no write. A larger range would have to 
 hashed and written in one pass, unless the index predicts, from samples of its bytes, that it is stored
 already: then it is hashed only, and sha256 decides.
 
-A file that has not changed since it was read (device, inode, size, mtime, ctime) is not read again: the index
-remembers what its ranges hashed to, and that the blobs are still there is checked. Backup programs trust the
-same; `reread` does without.
-
 A tensor to be quantized is known by the digest it would have unquantized; one that was quantized before, and
 whose blob is still there, is neither quantized nor written again.
 """
@@ -18,11 +14,8 @@ from __future__ import annotations
 import hashlib
 import os
 import threading
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from types import TracebackType
 from typing import Self, TypeVar
 
@@ -39,13 +32,14 @@ from modelcask.store import Store
 
 _Answer = TypeVar("_Answer")
 
-# One a thread. Nearly all tensors of today's models fit.
-_BUFFER = 32 << 20
+# Workers of an import, and the largest buffer that each has: nearly all tensors of today's models fit. Together
+# they take no more than 96 MiB, however many cores there are.
+WORKERS = max(2, min(8, os.cpu_count() or 2))
+_BUFFER = min(32 << 20, (96 << 20) // WORKERS)
 # Pieces in which a range passes through: what is read should still be in the CPU's cache when it is hashed and
 # quantized. A whole number of groups of every quantization type and dtype.
 _PIECE = 1 << 20
 _SAMPLE = 64 << 10
-_SETTLED_NS = 2_000_000_000
 assert max(_PIECE, _SAMPLE) <= _BUFFER  # both pass through the buffer
 
 
@@ -54,7 +48,7 @@ class SourceRange:
     """`length` bytes at `offset` of the open file `fd`; `header` goes before them in the blob.
 
     Attributes:
-        file: what `fd` is; its identity is still the one it had when it was looked at.
+        file: what `fd` is, for errors.
     """
 
     fd: int
@@ -67,20 +61,13 @@ class SourceRange:
     def blob_size(self) -> int:
         return len(self.header) + self.length
 
-    @property
-    def fingerprint(self) -> bytes:
-        """What tells this range of this state of the file from all others."""
-        hasher = xxhash.xxh3_128(repr((self.file.identity, self.offset, self.length)).encode())
-        hasher.update(self.header)
-        return hasher.digest()
-
 
 class RangeStore:
     """Stores ranges through one ingestion. Threads may share it.
 
     Attributes:
         new: the blobs that were not stored before.
-        predictions, quantizations: what the index should remember of this work.
+        fingerprints, predictions, quantizations: what the index should remember of this work.
     """
 
     def __init__(
@@ -89,12 +76,9 @@ class RangeStore:
         store: Store,
         stop: threading.Event,
         advance: Callable[[int], None],
-        *,
-        reread: bool,
     ) -> None:
         """
         Args:
-            reread: read files again that have not changed since they were read.
             store: its index is opened when it is needed first.
             stop: when set, whatever is under way ends soon with `Interrupted`.
             advance: told the source's bytes that are done, in portions.
@@ -102,28 +86,17 @@ class RangeStore:
         self._ingestion = ingestion
         self._store_of_index = store
         self._stop = stop
+        self._given_up = False
         self._advance = advance
-        self._reread = reread
-        # A file that was written to a moment ago may be written to again within the same tick of its clock.
-        self._settled_before = time.time_ns() - _SETTLED_NS
         self._local = threading.local()
         self._lock = threading.Lock()
         self.new: set[Digest] = set()
         self.predictions: dict[bytes, Digest] = {}
-        self.unchanged: dict[bytes, Digest] = {}
+        self.fingerprints: dict[Digest, int] = {}
         self.quantizations: dict[QuantizationKey, Quantization] = {}
 
     def store(self, source: SourceRange) -> Digest:
         """Store the range as it is."""
-        known = self._unchanged(source)
-        if known is not None and self._ingestion.has(known, source.blob_size):
-            self._advance(source.length)
-            return known
-        digest = self._store(source)
-        self._note_unchanged(source, digest)
-        return digest
-
-    def _store(self, source: SourceRange) -> Digest:
         if source.length <= _BUFFER:
             data = self._read_whole(source)
             digest = Digest.of(source.header, data)
@@ -149,17 +122,6 @@ class RangeStore:
 
     def store_quantized(self, source: SourceRange, dtype: str, layout: QuantizedLayout) -> Quantization:
         """Store the range, a tensor of `dtype` whose unquantized blob begins with `source.header`, quantized."""
-        digest = self._unchanged(source)
-        known = None if digest is None else self._known_quantization(self._key(digest, layout), layout)
-        if known is not None:
-            self._advance(source.length)
-            return known
-        digest, done = self._store_quantized(source, dtype, layout)
-        self._note_unchanged(source, digest)
-        return done
-
-    def _store_quantized(self, source: SourceRange, dtype: str, layout: QuantizedLayout) -> tuple[Digest, Quantization]:
-        """The digest the tensor would have unquantized, and what it was quantized to."""
         if source.length <= _BUFFER:
             data = self._read_whole(source)
             key = self._key(Digest.of(source.header, data), layout)
@@ -171,27 +133,27 @@ class RangeStore:
                         file.add(data[begin : begin + _PIECE])
                     known = file.finish()
                 self._remember_quantized(key, known, file, layout)
-            return key.source, known
+            return known
         sample = self._sample(source)
         predicted = self._ask(lambda index: index.predicted(sample))
         if predicted is not None and self._known_quantization(self._key(predicted, layout), layout) is not None:
             key = self._key(self._pass_through(source, lambda _: None), layout)
             known = self._known_quantization(key, layout)
             if known is not None:
-                return key.source, known
+                return known
             self._advance(-source.length)  # a wrong prediction: once more
         with _QuantizedFile(self._ingestion, dtype, layout) as file:
             key = self._key(self._pass_through(source, file.add), layout)
             known = file.finish()
         self._remember_quantized(key, known, file, layout)
         self._predict(sample, key.source)
-        return key.source, known
+        return known
 
     def put(self, data: bytes) -> Digest:
         """Store a small blob that is no range of a file."""
         digest = Digest.of(data)
         if self._ingestion.put(data, digest):
-            self._note_new(digest)
+            self._note_new(digest, xxhash.xxh3_64_intdigest(data))
         return digest
 
     def _ask(self, question: Callable[[Index], _Answer | None]) -> _Answer | None:
@@ -200,15 +162,6 @@ class RangeStore:
             return question(self._store_of_index.index)
         except IndexFailed:
             return None  # a full disk, most likely: the import will tell, or succeed without
-
-    def _unchanged(self, source: SourceRange) -> Digest | None:
-        return None if self._reread else self._ask(lambda index: index.unchanged(source.fingerprint))
-
-    def _note_unchanged(self, source: SourceRange, digest: Digest) -> None:
-        *_, mtime, ctime = source.file.identity
-        if max(mtime, ctime) < self._settled_before:
-            with self._lock:
-                self.unchanged[source.fingerprint] = digest
 
     def _key(self, source: Digest, layout: QuantizedLayout) -> QuantizationKey:
         return QuantizationKey(source, layout.qtype.name, KERNEL_VERSION)
@@ -260,14 +213,18 @@ class RangeStore:
         position = source.offset + skip
         while target:
             self._check_stop()
-            with _naming(source.file.host):
+            with durable.naming(source.file.host):
                 count = os.preadv(source.fd, [target], position)
             if count == 0:
                 raise SourceChanged(source.file.host)
             target, position = target[count:], position + count
 
+    def give_up(self) -> None:
+        """Let whatever is under way end soon; the caller's `stop` stays as it is."""
+        self._given_up = True
+
     def _check_stop(self) -> None:
-        if self._stop.is_set():
+        if self._given_up or self._stop.is_set():
             raise Interrupted("import")
 
     def _buffer(self) -> memoryview:
@@ -278,11 +235,12 @@ class RangeStore:
 
     def _stage(self, temporary: _Temporary, digest: Digest, size: int) -> None:
         if self._ingestion.stage(temporary.path, digest, size):
-            self._note_new(digest)
+            self._note_new(digest, temporary.fingerprint)
 
-    def _note_new(self, digest: Digest) -> None:
+    def _note_new(self, digest: Digest, fingerprint: int) -> None:
         with self._lock:
             self.new.add(digest)
+            self.fingerprints[digest] = fingerprint
 
 
 class _Temporary:
@@ -290,10 +248,17 @@ class _Temporary:
 
     def __init__(self, ingestion: Ingestion) -> None:
         self.fd, self.path = ingestion.create_temporary()
+        self._xxh3 = xxhash.xxh3_64()
+
+    @property
+    def fingerprint(self) -> int:
+        """Of all that was written."""
+        return self._xxh3.intdigest()
 
     def append(self, data: bytes | memoryview) -> None:
         """Write at the file's position."""
-        with _naming(self.path):
+        self._xxh3.update(data)
+        with durable.naming(self.path):
             durable.write_all(self.fd, data)
 
     def __enter__(self) -> Self:
@@ -336,8 +301,9 @@ class _QuantizedFile(_Temporary):
         made = self._arrays.Quantized.empty(self._layout.qtype, self._dtype, (source.size,))
         self._deviation += self._kernels.quantize_groups(self._layout.qtype, self._dtype, source, made)
         self._sha.update(made.packed.data)
+        self._xxh3.update(made.packed.data)
         parts = (made.packed, made.scales, made.biases)
-        with _naming(self.path):
+        with durable.naming(self.path):
             for number, part in enumerate(part for part in parts if part is not None):
                 self._ends[number] += durable.write_at(self.fd, part.data.cast("B"), self._ends[number])
 
@@ -347,16 +313,7 @@ class _QuantizedFile(_Temporary):
         while position < end:
             piece = os.pread(self.fd, min(_PIECE, end - position), position)
             self._sha.update(piece)
+            self._xxh3.update(piece)
             position += len(piece)
         deviation = self._deviation
         return Quantization(Digest(self._sha.hexdigest()), deviation.squared_error, deviation.squared_source)
-
-
-@contextmanager
-def _naming(path: Path) -> Iterator[None]:
-    """Give errors of calls on a descriptor the name of its file."""
-    try:
-        yield
-    except OSError as error:
-        error.filename = str(path)
-        raise

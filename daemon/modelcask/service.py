@@ -2,12 +2,13 @@
 
 One loop looks at the drops whenever something was noticed in them, and keeps looking for as long as one is
 settling. A drop whose fingerprint is the one that was imported is not read again; one that failed is tried
-again when it changes.
+again when it changes, or after a minute if the fault was not its own.
 """
 
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -16,11 +17,20 @@ from pathlib import Path
 
 from modelcask import importer, settle, source
 from modelcask.config import DropDirectory
-from modelcask.errors import Interrupted, InvalidName, InvalidStore, ModelcaskError, SourceChanged
+from modelcask.errors import (
+    CorruptBlob,
+    IndexFailed,
+    Interrupted,
+    InvalidName,
+    ModelcaskError,
+    SourceChanged,
+    disk_error,
+    printable,
+)
 from modelcask.index import Drop
-from modelcask.leases import Lease, live
+from modelcask.leases import SoleLease
 from modelcask.manifests import MODEL_INDEX
-from modelcask.names import DEFAULT_NAMESPACE, DEFAULT_TAG, ModelName
+from modelcask.names import DEFAULT_NAMESPACE, DEFAULT_TAG, ModelName, namespace_from_folder_name
 from modelcask.plan import ImportPlan
 from modelcask.quantize import QUANT_TYPES
 from modelcask.store import Store
@@ -30,10 +40,12 @@ log = logging.getLogger("modelcask")
 
 # Two looks in a row, this far apart, must agree before a drop counts as settled.
 _LOOK_AGAIN = 0.5
+# What still lacks something is looked at this often, should its last event be missed.
+_LOOK_NOW_AND_THEN = 5.0
+# What failed through no fault of its own is tried again after this time.
+_TRY_AGAIN = 60.0
 # Progress is written to the index this often.
 _PROGRESS = 0.5
-
-_LEASE_KIND = "watch"
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,28 +70,20 @@ class Found:
             return self.path.name
 
 
-def running_pid(store: Store) -> int | None:
-    """The process that watches for `store`, None if there is none."""
-    for name in live(store.leases):
-        kind, _, rest = name.partition("-")
-        if kind == _LEASE_KIND:
-            return int(rest.partition("-")[0])
-    return None
-
-
 def find_drops(directory: DropDirectory) -> Iterator[Found]:
     """The folders in a drop directory that are, or may become, models.
 
     `int4/` and the other types are drop directories of their own; a folder that holds model folders gives
-    them its name as their namespace.
+    them its name as their namespace. What cannot be read is passed over.
     """
     for child in _folders(directory.path):
         if child.name in QUANT_TYPES and directory.quantize is None:
             yield from find_drops(replace(directory, path=child, quantize=child.name))
             continue
-        models = [] if (child / MODEL_INDEX).exists() else [c for c in _folders(child) if (c / MODEL_INDEX).exists()]
+        models = [] if _is_model(child) else [below for below in _folders(child) if _is_model(below)]
         if models:
-            yield from (Found(model, directory, child.name) for model in models)
+            namespace = namespace_from_folder_name(child.name)
+            yield from (Found(model, directory, namespace) for model in models)
         else:
             yield Found(child, directory, directory.namespace)
 
@@ -93,18 +97,17 @@ class Service:
     stop: threading.Event
     noticed: threading.Event = field(default_factory=threading.Event)
     _looks: dict[Path, settle.Look] = field(default_factory=dict)
+    _try_again: dict[Path, float] = field(default_factory=dict)
 
     def run(self, *, on_ready: Callable[[], None]) -> None:
-        """Work until `stop` is set. Raises InvalidStore if another process watches for this store."""
-        if (pid := running_pid(self.store)) is not None:
-            raise InvalidStore(self.store.root, f"process {pid} watches for this store already", "stop that one first")
+        """Work until `stop` is set. Raises LeaseTaken if another process watches for this store."""
         for directory in self.directories:
             directory.path.mkdir(parents=True, exist_ok=True)
-        with Lease(self.store.leases, _LEASE_KIND):
+        with SoleLease(self.store.leases):
             self.store.remove_abandoned_files()
             watcher = Watcher([directory.path for directory in self.directories], self.noticed)
             try:
-                self._forget_removed_drops()
+                self._mark_unchanged()
                 on_ready()
                 self._work()
             finally:
@@ -113,69 +116,72 @@ class Service:
     def _work(self) -> None:
         while not self.stop.is_set():
             self.noticed.clear()
-            settling = self._look_at_all()
-            # What is settling is looked at again soon, event or not: the last event may already be behind us.
-            self.noticed.wait(_LOOK_AGAIN if settling else None)
-            if settling or self.noticed.is_set():
-                self.stop.wait(_LOOK_AGAIN)
+            seconds = self._look_at_all()
+            self.noticed.wait(None if math.isinf(seconds) else seconds)
+            # What is noticed comes in bursts; one look serves for all of half a second.
+            self.stop.wait(_LOOK_AGAIN)
 
-    def _look_at_all(self) -> bool:
-        """Look at every drop, import what has settled. Whether something may still become complete."""
-        known = {drop.path: drop for drop in self.store.index.drops()}
-        settling = False
+    def _look_at_all(self) -> float:
+        """Look at every drop, import what has settled. In how many seconds to look again, noticed or not."""
+        known = self._known()
+        found_now: set[Path] = set()
+        seconds = math.inf
         for directory in self.directories:
             for found in find_drops(directory):
                 if self.stop.is_set():
-                    return False
-                settling |= self._look_at(found, known.get(found.path))
-        return settling
+                    return 0
+                found_now.add(found.path)
+                seconds = min(seconds, self._look_at(found, known.get(found.path)))
+        for path in known.keys() - found_now:
+            self._forget(path)
+        return seconds
 
-    def _look_at(self, found: Found, known: Drop | None) -> bool:
-        """Look at one drop. Whether it is to be looked at again soon."""
+    def _look_at(self, found: Found, known: Drop | None) -> float:
+        """Look at one drop. In how many seconds to look at it again, noticed or not."""
         if known is not None and known.state in ("imported", "unchanged", "failed"):
-            try:
-                fingerprint = settle.fingerprint_of(source.look(found.path))
-            except (ModelcaskError, OSError):
-                fingerprint = ""
-            if fingerprint == known.fingerprint:
-                return False
+            wait = self._try_again.get(found.path, 0) - time.monotonic()
+            if known.state == "failed" and wait > 0:
+                return wait
+            if known.fingerprint and known.fingerprint == _fingerprint(found.path):
+                return math.inf
         look = settle.look(found.path, namespace=found.namespace, quantize=found.directory.quantize)
         before, self._looks[found.path] = self._looks.get(found.path), look
-        if look.plan is not None and before is not None and before.fingerprint == look.fingerprint:
-            self._import(found, look.fingerprint, look.plan)
+        changed = before is None or before.fingerprint != look.fingerprint
+        if look.plan is not None and not changed:
             del self._looks[found.path]
-            return False
+            return self._import(found, look.fingerprint, look.plan)
         if known is None or (known.state, known.error) != ("settling", look.missing):
             log.info("%s: settling%s", found.name, f": {look.missing}" if look.missing else "")
             self._save(found, "", "settling", error=look.missing)
-        # Incomplete and unchanged: its next change will be noticed.
-        return look.plan is not None or before is None or before.fingerprint != look.fingerprint
+        # An event may be missed; what lacks something is looked at now and then all the same.
+        return _LOOK_AGAIN if changed or look.plan is not None else _LOOK_NOW_AND_THEN
 
-    def _import(self, found: Found, fingerprint: str, plan: ImportPlan) -> None:
+    def _import(self, found: Found, fingerprint: str, plan: ImportPlan) -> float:
+        """Import a drop. In how many seconds to look at it again."""
         progress = _Progress(lambda done, total: self._save(found, "", "importing", done=done, total=total))
-        log.info("%s: importing %s", found.name, found.path)
+        log.info("%s: importing %s", found.name, printable(str(found.path)))
         try:
             results = importer.run_import(self.store, plan, report=progress, stop=self.stop)
         except Interrupted:
             self._save(found, "", "settling", error="interrupted, goes on at the next start")
-        except SourceChanged as error:
+            return 0
+        except (SourceChanged, CorruptBlob) as error:
+            # It changed while it was read, or a blob it counts on was quarantined: start over.
             log.info("%s: %s", found.name, error)
             self._save(found, "", "settling", error=str(error))
-            self.noticed.set()
+            return _LOOK_AGAIN
         except ModelcaskError as error:
             self._fail(found, fingerprint, str(error))
+            return math.inf
         except OSError as error:
-            self._fail(found, fingerprint, f"{error.filename or found.path}: {error.strerror}")
-        else:
-            for result in results:
-                log.info(
-                    "%s: imported, %d bytes new, %d shared",
-                    result.name,
-                    result.new_bytes,
-                    result.reused_bytes,
-                )
-            total = progress.total
-            self._save(found, fingerprint, "imported", done=total, total=total)
+            # A fault of the store or of the machine: it may pass without the drop changing.
+            self._fail(found, "", disk_error(error))
+            self._try_again[found.path] = time.monotonic() + _TRY_AGAIN
+            return _TRY_AGAIN
+        for result in results:
+            log.info("%s: imported, %d bytes new, %d shared", result.name, result.new_bytes, result.reused_bytes)
+        self._save(found, fingerprint, "imported", done=progress.total, total=progress.total)
+        return math.inf
 
     def _fail(self, found: Found, fingerprint: str, error: str) -> None:
         log.error("%s: failed: %s", found.name, error)
@@ -191,14 +197,34 @@ class Service:
         total: int = 0,
         error: str | None = None,
     ) -> None:
-        self.store.index.save_drop(Drop(found.path, found.name, fingerprint, state, done, total, error))
+        try:
+            self.store.index.save_drop(Drop(found.path, found.name, fingerprint, state, done, total, error))
+        except IndexFailed as failure:
+            log.warning("%s", failure)  # `status` is behind; the work goes on
 
-    def _forget_removed_drops(self) -> None:
-        for drop in self.store.index.drops():
-            if not drop.path.exists():
-                self.store.index.forget_drop(drop.path)
-            elif drop.state == "imported":
-                self.store.index.save_drop(replace(drop, state="unchanged"))
+    def _known(self) -> dict[Path, Drop]:
+        try:
+            return {drop.path: drop for drop in self.store.index.drops()}
+        except IndexFailed as failure:
+            log.warning("%s", failure)
+            return {}
+
+    def _forget(self, path: Path) -> None:
+        self._looks.pop(path, None)
+        self._try_again.pop(path, None)
+        try:
+            self.store.index.forget_drop(path)
+        except IndexFailed as failure:
+            log.warning("%s", failure)
+
+    def _mark_unchanged(self) -> None:
+        """What was imported before this start shows as unchanged; a look tells whether it is."""
+        try:
+            for drop in self.store.index.drops():
+                if drop.state == "imported":
+                    self.store.index.save_drop(replace(drop, state="unchanged"))
+        except IndexFailed as failure:
+            log.warning("%s", failure)
 
 
 class _Progress:
@@ -220,8 +246,33 @@ class _Progress:
         self._save(done, total)
 
 
+def _fingerprint(path: Path) -> str:
+    try:
+        return settle.fingerprint_of(source.look(path))
+    except (ModelcaskError, OSError):
+        return ""
+
+
+def _is_model(folder: Path) -> bool:
+    try:
+        return (folder / MODEL_INDEX).exists()
+    except OSError:
+        return False
+
+
 def _folders(path: Path) -> list[Path]:
     try:
-        return sorted(child for child in path.iterdir() if child.is_dir() and not child.name.startswith("."))
-    except FileNotFoundError:
-        return []
+        return sorted(child for child in path.iterdir() if _is_shown_folder(child))
+    except OSError:
+        return []  # gone, or not ours to read: `lost+found`
+
+
+def _is_shown_folder(path: Path) -> bool:
+    try:
+        path.name.encode()
+        return path.is_dir() and not path.name.startswith(".")
+    except UnicodeEncodeError:
+        log.warning("%s: its name is not UTF-8, rename it to have it imported", printable(str(path)))
+    except OSError:
+        pass  # not ours to look at
+    return False

@@ -7,6 +7,7 @@ under way in it, and two looks in a row found the same files.
 
 from __future__ import annotations
 
+import fcntl
 import json
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -14,7 +15,7 @@ from pathlib import Path, PurePosixPath
 import xxhash
 
 from modelcask import source
-from modelcask.errors import ModelcaskError, SourceChanged
+from modelcask.errors import ModelcaskError, SourceChanged, disk_error
 from modelcask.plan import MAX_JSON, ImportPlan, plan_import
 from modelcask.source import PARTIAL_SUFFIXES, SourceFile, SourceFolder
 
@@ -53,14 +54,15 @@ class Look:
 def look(path: Path, *, namespace: str | None, quantize: str | None = None) -> Look:
     """Look at the drop `path`, to be imported with these options. Files are opened to read their headers only.
 
-    Raises:
-        OSError: the drop cannot be read.
+    Whatever cannot be read is told as missing.
     """
     try:
         folder = source.look(path)
         fingerprint = fingerprint_of(folder)
-    except (ModelcaskError, FileNotFoundError) as error:
+    except ModelcaskError as error:
         return Look("", None, str(error))
+    except OSError as error:
+        return Look("", None, disk_error(error))
     if download := _download_under_way(path, folder):
         return Look(fingerprint, None, f"{download}: a download is under way")
     try:
@@ -72,6 +74,8 @@ def look(path: Path, *, namespace: str | None, quantize: str | None = None) -> L
         return Look(fingerprint, None, f"{error.path}: is still being written")
     except ModelcaskError as error:
         return Look(fingerprint, None, str(error))
+    except OSError as error:
+        return Look(fingerprint, None, disk_error(error))
 
 
 def fingerprint_of(folder: SourceFolder) -> str:
@@ -102,6 +106,18 @@ def _download_under_way(root: Path, folder: SourceFolder) -> Path | None:
     downloads = root / _HUB_DOWNLOADS
     if downloads.is_dir():
         for path in sorted(downloads.rglob("*")):
-            if path.suffix in (".lock", ".incomplete"):
+            if path.suffix == ".incomplete" or (path.suffix == ".lock" and _is_locked(path)):
                 return path
     return None
+
+
+def _is_locked(path: Path) -> bool:
+    """Whether a process holds the lock file: huggingface_hub leaves it behind when the download is done."""
+    try:
+        with path.open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except FileNotFoundError:
+        return False
+    return False

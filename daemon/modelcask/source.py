@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from modelcask.errors import InvalidModelFolder, SourceChanged
+from modelcask.errors import InvalidModelFolder, SourceChanged, printable
 
 _MAX_DEPTH = 32
 
@@ -170,7 +170,7 @@ def _look(
         try:
             entry.name.encode()
         except UnicodeEncodeError:
-            left_out.append(LeftOut(str(where), "its name is not UTF-8"))
+            left_out.append(LeftOut(printable(str(where)), "its name is not UTF-8"))
             continue
         if entry.is_symlink():
             host = _follow(host, roots)
@@ -215,6 +215,6 @@ def _why_left_out(path: PurePosixPath) -> str | None:
         return "a partial download"
     if name.endswith(_OTHER_WEIGHTS):
         return f"weights in another format than safetensors ({path.suffix})"
-    if name.endswith(".safetensors") and len(path.parts) == 1:
+    if len(path.parts) == 1 and name.endswith((".safetensors", ".safetensors.index.json")):
         return "a single-file checkpoint beside the components"
     return None

@@ -6,6 +6,7 @@ It is a valid `OLLAMA_MODELS` folder; one that Ollama made can be used as it is.
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -42,7 +43,7 @@ class Store:
         Raises:
             InvalidStore: something else lies at `root`, or a store of a newer version.
         """
-        root = root.absolute()
+        root = Path(os.path.realpath(root))
         if root.exists():
             _check(root)
         return cls(root)
@@ -70,6 +71,10 @@ class Store:
         """The index, opened at first use; the store must exist."""
         return Index(self.root / "index.sqlite")
 
+    def index_for_looking(self) -> Index | None:
+        """The index, opened without the wish to write; None where there is none."""
+        return Index(self.root / "index.sqlite", read_only=True) if self.has_index else None
+
     @property
     def has_index(self) -> bool:
         return (self.root / "index.sqlite").exists()
@@ -95,13 +100,13 @@ class Store:
         with leases.exclusive_gate(self.leases):
             leases.remove_dead(self.leases)
             living = leases.live(self.leases)
-            for path in (self.root / "tmp").iterdir():
-                if path.name in living:
-                    continue
-                if path.is_dir() and not path.is_symlink():
-                    shutil.rmtree(path)
-                else:
-                    path.unlink(missing_ok=True)
+            abandoned = [path for path in (self.root / "tmp").iterdir() if path.name not in living]
+        # Outside the gate: it may be gigabytes, and no writer will ever have one of these names again.
+        for path in abandoned:
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
 
 
 def _check(root: Path) -> None:

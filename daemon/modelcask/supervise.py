@@ -31,10 +31,15 @@ class ChildFailed(ModelcaskError):
 
 @dataclass
 class Child:
-    """A command to keep running."""
+    """A command to keep running.
+
+    Attributes:
+        lingers: whether it may end later by itself when it was told to, because others still use it.
+    """
 
     name: str
     command: Sequence[str]
+    lingers: bool = False
     quick_deaths: int = 0
     started: float = 0.0
     process: subprocess.Popen[bytes] | None = field(default=None)
@@ -62,7 +67,7 @@ def keep_running(children: Sequence[Child], *, stop: threading.Event, say: Calla
                     _restart(child, status, say)
     finally:
         for child in reversed(children):
-            _end(child)
+            _end(child, say)
 
 
 def _restart(child: Child, status: int, say: Callable[[str], None]) -> None:
@@ -74,12 +79,15 @@ def _restart(child: Child, status: int, say: Callable[[str], None]) -> None:
     child.start()
 
 
-def _end(child: Child) -> None:
+def _end(child: Child, say: Callable[[str], None]) -> None:
     if child.process is None or child.process.poll() is not None:
         return
     child.process.terminate()
     try:
         child.process.wait(_STOP_SECONDS)
     except subprocess.TimeoutExpired:
+        if child.lingers:
+            say(f"the {child.name} is still in use, it ends with its last user")
+            return
         child.process.kill()
         child.process.wait()

@@ -43,9 +43,14 @@ class Usage:
 
 def measure(store: Store) -> Usage:
     """The usage of `store` now. Raises InvalidManifest where a manifest cannot be read."""
-    manifests = [store.manifests.read_path(path) for path in store.manifests.files()]
+    manifests = []
+    for path in store.manifests.files():
+        try:
+            manifests.append(store.manifests.read_path(path))
+        except FileNotFoundError:
+            continue  # removed meanwhile
     users = Counter(digest for stored in manifests for digest in stored.manifest.blobs())
-    models = tuple(_usage(stored, users) for stored in manifests)
+    models = tuple(_usage(stored, users) for stored in manifests if stored.manifest.is_image_model)
     stored_bytes = sum(size for _, size in store.blobs.enumerate())
     return Usage(sum(model.size for model in models), stored_bytes, find_garbage(store).size, models)
 

@@ -6,25 +6,38 @@ model again stores it anew.
 
 from __future__ import annotations
 
+import errno
 import hashlib
+import logging
 import os
 import threading
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
+from typing import Protocol
 
-from modelcask import durable
+import xxhash
+
+from modelcask import durable, leases
 from modelcask.digest import Digest
 from modelcask.errors import InvalidManifest
 from modelcask.manifests import StoredManifest
 from modelcask.names import ModelName
 from modelcask.store import Store
 
+log = logging.getLogger("modelcask")
+
 _PIECE = 1 << 20
 
 Report = Callable[[int, int], None]
+
+
+class _Hasher(Protocol):
+    def update(self, data: bytes, /) -> None: ...
+    def hexdigest(self) -> str: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +79,8 @@ def verify(
     """Check the blobs of the models `names`, or every blob of the store if there are none.
 
     Args:
-        quick: compare sizes only; reads no blob.
+        quick: compare fingerprints where they are known, which is as fast as the disk; sha256 decides where
+            one differs, and where none is known.
         report: called with bytes done and in total.
         stop: when set, ends soon with what was found so far.
 
@@ -79,7 +93,7 @@ def verify(
     for stored in manifests:
         for digest in stored.manifest.blobs():
             users[digest].append(str(stored.name))
-    expected = _expected_sizes(chosen or manifests)
+    expected = {digest for stored in chosen or manifests for digest in stored.manifest.blobs()}
     present = {digest: size for digest in expected if (size := store.blobs.size(digest)) is not None}
     if not chosen:
         present.update(store.blobs.enumerate())
@@ -87,16 +101,16 @@ def verify(
     def damage(digest: Digest, path: Path) -> Damage:
         return Damage(digest, path, tuple(users.get(digest, ())))
 
-    missing = [damage(digest, store.blobs.path(digest)) for digest in sorted(expected.keys() - present.keys())]
-    wrong = {digest for digest, size in present.items() if digest in expected and size not in expected[digest]}
-    read_bytes = 0
-    if not quick:
-        reading = _Reading(store, report, stop, sum(present.values()))
-        wrong |= reading.corrupt_among(sorted(present.keys() - wrong))
-        read_bytes = reading.done
-    corrupt = [damage(digest, _quarantine(store, digest)) for digest in sorted(wrong)]
+    missing = [damage(digest, store.blobs.path(digest)) for digest in sorted(expected - present.keys())]
+    fingerprints = store.index.fingerprints() if quick and store.has_index else {}
+    reading = _Reading(store, fingerprints, report, stop, sum(present.values()))
+    corrupt = reading.corrupt_among(sorted(present))
     return Verification(
-        len(present) + len(missing), read_bytes, tuple(corrupt), tuple(missing), () if chosen else unreadable
+        reading.checked + len(missing),
+        reading.done,
+        tuple(damage(digest, _quarantine(store, digest, found)) for digest, found in sorted(corrupt.items())),
+        tuple(missing),
+        () if chosen else unreadable,
     )
 
 
@@ -112,52 +126,78 @@ def _all_manifests(store: Store) -> tuple[list[StoredManifest], tuple[InvalidMan
     return manifests, tuple(unreadable)
 
 
-def _expected_sizes(manifests: Iterable[StoredManifest]) -> dict[Digest, set[int]]:
-    sizes: dict[Digest, set[int]] = defaultdict(set)
-    for stored in manifests:
-        for digest, size in stored.manifest.blobs().items():
-            sizes[digest].add(size)
-    return sizes
-
-
 class _Reading:
-    """Hashes blobs on all cores."""
+    """Reads blobs again, on all cores."""
 
-    def __init__(self, store: Store, report: Report, stop: threading.Event, total: int) -> None:
+    def __init__(
+        self, store: Store, fingerprints: Mapping[Digest, int], report: Report, stop: threading.Event, total: int
+    ) -> None:
         self._store = store
+        self._fingerprints = fingerprints
         self._report = report
         self._stop = stop
         self._total = total
         self._lock = threading.Lock()
         self.done = 0
+        self.checked = 0
 
-    def corrupt_among(self, digests: list[Digest]) -> set[Digest]:
+    def corrupt_among(self, digests: list[Digest]) -> dict[Digest, os.stat_result]:
+        """The corrupt ones, as they were when they were read."""
         with ThreadPoolExecutor(os.cpu_count() or 2, "verify") as pool:
-            return {
-                digest for digest, sound in zip(digests, pool.map(self._is_sound, digests), strict=True) if not sound
-            }
+            found = zip(digests, pool.map(self._damaged, digests), strict=True)
+            return {digest: status for digest, status in found if status is not None}
 
-    def _is_sound(self, digest: Digest) -> bool:
-        sha = hashlib.sha256()
+    def _damaged(self, digest: Digest) -> os.stat_result | None:
+        """The blob's stat if it is corrupt. One that cannot be read is."""
+        path = self._store.blobs.path(digest)
+        status = None
         try:
-            with self._store.blobs.path(digest).open("rb", buffering=0) as file:
-                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_SEQUENTIAL)
-                while (piece := file.read(_PIECE)) and not self._stop.is_set():
-                    sha.update(piece)
-                    self._advance(len(piece))
+            with path.open("rb", buffering=0) as file:
+                status = os.fstat(file.fileno())
+                known = self._fingerprints.get(digest)
+                # A fingerprint that differs may itself be wrong; sha256 decides.
+                if known is not None and self._hash(file, xxhash.xxh3_64()) == known.to_bytes(8).hex():
+                    return None
+                file.seek(0)
+                sound = self._hash(file, hashlib.sha256()) == digest.hex or self._stop.is_set()
+                return None if sound else status
         except FileNotFoundError:
-            return True  # gc took it meanwhile
-        return self._stop.is_set() or sha.hexdigest() == digest.hex
+            return None  # gc took it meanwhile
+        except OSError as error:
+            if error.errno != errno.EIO:
+                raise
+            log.warning("%s: cannot be read: %s", path, error.strerror)
+            return status
+        finally:
+            with self._lock:
+                self.checked += not self._stop.is_set()
+
+    def _hash(self, file: FileIO, hasher: _Hasher) -> str:
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_SEQUENTIAL)
+        while (piece := file.read(_PIECE)) and not self._stop.is_set():
+            hasher.update(piece)
+            self._advance(len(piece))
+        return hasher.hexdigest()
 
     def _advance(self, count: int) -> None:
         with self._lock:
             self.done += count
             done = self.done
-        self._report(done, self._total)
+        self._report(done, max(done, self._total))
 
 
-def _quarantine(store: Store, digest: Digest) -> Path:
-    final = store.quarantine / digest.blob_name
-    durable.make_directory(store.quarantine)
-    durable.move(store.blobs.path(digest), final)
-    return final
+def _quarantine(store: Store, digest: Digest, found: os.stat_result | None) -> Path:
+    """Set a corrupt blob aside, unless it was replaced since it was looked at; where it lies now."""
+    path, final = store.blobs.path(digest), store.quarantine / digest.blob_name
+    try:
+        durable.make_directory(store.quarantine)
+        with leases.exclusive_gate(store.leases):  # nobody who finds a blob under the gate loses it
+            now = path.stat()
+            if found is not None and (now.st_ino, now.st_mtime_ns) == (found.st_ino, found.st_mtime_ns):
+                durable.move(path, final)
+                return final
+    except FileNotFoundError:
+        return path  # gc took it meanwhile
+    except OSError as error:
+        log.warning("%s: could not be quarantined: %s", path, error.strerror)
+    return path

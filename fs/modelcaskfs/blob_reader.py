@@ -6,6 +6,7 @@ import errno
 import os
 import threading
 from collections import OrderedDict
+from collections.abc import Iterable
 
 from modelcask.blobs import BlobStore
 from modelcask.digest import Digest
@@ -60,6 +61,12 @@ class BlobReader:
                 raise CorruptBlob(self._blobs.path(source.digest), "this blob was cut short")
             target, position = target[count:], position + count
         return True
+
+    def forget(self, digests: Iterable[Digest]) -> None:
+        """Close these blobs once nobody reads them: gc can free their space, and what replaces them is seen."""
+        with self._lock:
+            for digest in digests:
+                self._open.pop(digest, None)
 
     def _opened(self, source: BlobRange) -> _OpenBlob:
         with self._lock:

@@ -6,6 +6,7 @@ import logging
 import os
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import click
@@ -53,11 +54,21 @@ def main() -> None:
         sys.exit(1)
 
 
+@dataclass(eq=False)
+class MountSaid(ModelcaskError):
+    """What the process in the background said before it gave up: an error line already."""
+
+    line: str
+
+    def message(self) -> str:
+        return self.line
+
+
 def _serve(store: Path, directory: Path, options: list[str]) -> None:
     from modelcaskfs.mount import serve
 
     logging.basicConfig(level=logging.INFO, format="modelcaskfs: %(message)s", stream=sys.stderr)
-    opened, mountpoint = _open(store), directory.absolute()
+    opened, mountpoint = _open(store), Path(os.path.realpath(directory))
     os.chdir("/")  # so that no other filesystem is kept from being unmounted
     serve(opened, mountpoint, options=options, on_ready=_tell_ready)
 
@@ -104,8 +115,9 @@ def _start(store: Path, directory: Path, options: list[str]) -> None:
     with _log_file().open("rb") as log:
         log.seek(before)
         said = log.read().decode(errors="replace").strip().splitlines()
-    last = said[-1].removeprefix("modelcaskfs: ") if said else f"exit status {child.returncode}"
-    raise MountFailed(directory, last, f"the whole log is {_log_file()}")
+    if said:
+        raise MountSaid(said[-1].removeprefix("modelcaskfs: "))
+    raise MountFailed(directory, f"ended with exit status {child.returncode}", f"look into {_log_file()}")
 
 
 def _log_file() -> Path:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import threading
 from collections import OrderedDict
+from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 
 from modelcask.digest import Digest
@@ -53,6 +54,13 @@ class Dequantizer:
             low, high = max(skip, begin), min(end, begin + len(data))
             target[low - skip : high - skip] = data[low - begin : high - begin]
         return True
+
+    def forget(self, digests: Iterable[Digest]) -> None:
+        """Drop the chunks of these blobs."""
+        gone = set(digests)
+        with self._lock:
+            for key in [key for key in self._chunks if key[0] in gone]:
+                del self._chunks[key]
 
     def close(self) -> None:
         """End the threads."""

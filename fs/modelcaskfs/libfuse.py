@@ -171,7 +171,6 @@ _lowlevel_new = _function("fuse_lowlevel_new", c_void_p, POINTER(Args), POINTER(
 _add_channel = _function("fuse_session_add_chan", None, c_void_p, c_void_p)
 _remove_channel = _function("fuse_session_remove_chan", None, c_void_p)
 _loop = _function("fuse_session_loop", c_int, c_void_p)
-_exit = _function("fuse_session_exit", None, c_void_p)
 _destroy = _function("fuse_session_destroy", None, c_void_p)
 
 
@@ -198,12 +197,8 @@ class Session:
         _add_channel(self._session, self._channel)
 
     def loop(self) -> None:
-        """Answer requests on this thread until the filesystem is unmounted or `stop` is called."""
+        """Answer requests on this thread until the filesystem is unmounted."""
         _loop(self._session)
-
-    def stop(self) -> None:
-        """Let `loop` return after the request at hand; from any thread."""
-        _exit(self._session)
 
     def close(self) -> None:
         """Unmount, if that has not happened, and free what the library holds."""

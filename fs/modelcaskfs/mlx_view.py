@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -34,6 +34,6 @@ def _unpack(tensor: StoredTensor) -> Iterator[PackedTensor]:
         yield part_of(tensor, number, stem + _SUFFIXES[number - 1], part.dtype, part.shape)
 
 
-def _configure(tensors: list[StoredTensor]) -> dict[str, Any]:
+def _configure(tensors: list[StoredTensor], _fields: Mapping[str, Any]) -> dict[str, Any]:
     qtype = next(tensor.layout.qtype for tensor in tensors if not isinstance(tensor.layout, bytes))
     return {"quantization": {"group_size": qtype.group_size, "bits": qtype.bits, "mode": qtype.mode}}

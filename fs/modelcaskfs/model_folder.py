@@ -6,6 +6,7 @@ Everything here follows from one manifest, which never changes, so nothing here 
 from __future__ import annotations
 
 import errno
+import logging
 import struct
 import threading
 from collections import defaultdict
@@ -13,10 +14,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 from modelcask.blobs import BlobStore
 from modelcask.errors import InvalidManifest
-from modelcask.leases import Lease
+from modelcask.leases import EVERYTHING, Lease
 from modelcask.manifests import (
     FILE_TYPE,
     HEADER_TYPE,
@@ -30,6 +32,8 @@ from modelcask.manifests import (
 from modelcask.quantize import QUANT_TYPES, QuantizedLayout, QuantType, stored_layout
 from modelcask.safetensors_layout import ShardLayout, TensorEntry, parse_header
 from modelcaskfs.spans import BlobRange, DequantizedTensor, Source, SpanFile
+
+log = logging.getLogger("modelcaskfs")
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +67,7 @@ class ModelFolder:
         self.stored = stored
         self._blobs = blobs
         self._leases = leases
+        self.children: dict[str, Any] = {}  # by view, kept for it
         self._building = threading.RLock()
         self._built: dict[str, SpanFile] = {}
         self._lock = threading.Lock()
@@ -152,8 +157,7 @@ class ModelFolder:
     def acquire(self) -> bool:
         """Protect all blobs of the model until `release`. False if the manifest was replaced or removed before.
 
-        The first user takes a lease for all; a store that cannot be written is read without one, for gc
-        cannot run there either.
+        The first user takes a lease for all; a store that cannot be written is read without one.
         """
         with self._lock:
             if self._users == 0:
@@ -165,20 +169,24 @@ class ModelFolder:
             self._users += 1
             return True
 
-    def release(self) -> None:
-        """End one `acquire`."""
+    def release(self) -> bool:
+        """End one `acquire`. Whether it was the last."""
         with self._lock:
             self._users -= 1
             if self._users == 0:
                 self._drop_lease()
+            return self._users == 0
 
     def _take_lease(self) -> Lease | None:
         try:
             return Lease(self._leases, "mount", self.stored.manifest.blobs())
         except OSError as error:
-            if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
-                return None
-            raise
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                return Lease(self._leases, EVERYTHING)  # an empty file needs no space
+            if error.errno not in (errno.EROFS, errno.EACCES, errno.EPERM):
+                raise
+            log.warning("%s: read without a lease, gc of another user may remove what is open", self._leases)
+            return None
 
     def _drop_lease(self) -> None:
         if self._lease is not None:

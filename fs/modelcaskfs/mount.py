@@ -39,7 +39,9 @@ def serve(store: Store, mountpoint: Path, *, options: list[str], on_ready: Calla
     tree = Tree(store)
     reader = SpanReader(store.blobs, max_open=_raise_open_files())
     adapter = Adapter(tree, reader, on_ready=on_ready)
-    fixed = [f"fsname={store.root}", "subtype=modelcaskfs", "ro", "default_permissions"]
+    # A comma or a backslash in the store's path would end the option.
+    name = str(store.root).replace("\\", "\\\\").replace(",", "\\,")
+    fixed = [f"fsname={name}", "subtype=modelcaskfs", "ro", "default_permissions"]
     wanted = {signal.SIGTERM, signal.SIGINT}
     # Blocked before any thread starts, so that all threads leave them to sigwait.
     signal.pthread_sigmask(signal.SIG_BLOCK, wanted)

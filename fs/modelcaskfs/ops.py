@@ -245,7 +245,8 @@ class Adapter:
 
     def _close_file(self, handle: int) -> None:
         node: FileNode = self._handles.pop(handle)
-        node.model.release()
+        if node.model.release():
+            self._reader.forget(node.model.stored.manifest.blobs())
 
     def _buffer(self, size: int) -> Any:
         """A buffer of this thread's, of at least `size` bytes, good until its next request."""

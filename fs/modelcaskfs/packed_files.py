@@ -37,7 +37,7 @@ class PackedTensor:
 
 
 Unpack = Callable[[StoredTensor], Iterable[PackedTensor]]
-Configure = Callable[[list[StoredTensor]], Mapping[str, Any]]
+Configure = Callable[[list[StoredTensor], Mapping[str, Any]], Mapping[str, Any]]
 
 
 def packed_leaves(
@@ -47,7 +47,7 @@ def packed_leaves(
 
     Args:
         unpack: the tensors that stand for one stored tensor.
-        configure: what a quantized component's config.json says in addition.
+        configure: what a quantized component's config.json says in addition to what it says.
         file_format: `format` in the headers' metadata.
     """
     components = {str(PurePosixPath(layer.name).parent) for layer in model.stored.manifest.of_type(HEADER_TYPE)}
@@ -105,8 +105,9 @@ def _config(model: ModelFolder, layer: Layer, configure: Configure) -> SpanFile:
     tensors = component_tensors(model, str(PurePosixPath(layer.name).parent))
     if all(isinstance(tensor.layout, bytes) for tensor in tensors):
         return model.content(layer)  # nothing of it is quantized
-    added = configure(tensors)
-    return _json({**_parsed(model, layer), **added}) if added else model.content(layer)
+    fields = _parsed(model, layer)
+    added = configure(tensors, fields)
+    return _json({**fields, **added}) if added else model.content(layer)
 
 
 def _shard_index(model: ModelFolder, layer: Layer, unpack: Unpack) -> SpanFile:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from modelcask.blobs import BlobStore
+from modelcask.digest import Digest
 from modelcaskfs.blob_reader import BlobReader
 from modelcaskfs.dequantizer import Dequantizer
 from modelcaskfs.spans import DequantizedTensor, SpanFile
@@ -45,6 +48,11 @@ class SpanReader:
                 return None
             done += piece.length
         return done
+
+    def forget(self, digests: Iterable[Digest]) -> None:
+        """Let go of blobs that nobody has open."""
+        self._blobs.forget(digests)
+        self._dequantizer.forget(digests)
 
     def close(self) -> None:
         """End the threads that dequantize."""

@@ -6,7 +6,7 @@ a group, `x.zero_point` the affine bias; the component's config.json has a `quan
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Set
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any
@@ -42,9 +42,13 @@ _FORMS = {
 }
 
 
-# Modules whose weights have two dimensions and are quantized, but which SDNQ does not convert: embeddings, T5's
-# `wo` (transformers casts activations to the dtype of its weight), and what may be tied to the embeddings.
-_NOT_CONVERTED = {"shared", "relative_attention_bias", "wte", "wpe", "wo", "lm_head"}
+# Modules whose weights have two dimensions and are quantized, but which SDNQ does not convert: embeddings, gates of
+# experts (no nn.Linear), T5's `wo` (transformers casts activations to the dtype of its weight), and what may be tied
+# to the embeddings.
+_NOT_CONVERTED = {"shared", "relative_attention_bias", "wte", "wpe", "gate", "router", "wo", "lm_head"}
+
+# What torch.nn.MultiheadAttention has, as SigLIP's pooling head does, is of another class than nn.Linear.
+_NOT_LINEAR = ["attention", "out_proj"]
 
 
 def leaves(model: ModelFolder) -> Iterator[tuple[PurePosixPath, Layer | Generated]]:
@@ -55,7 +59,9 @@ def leaves(model: ModelFolder) -> Iterator[tuple[PurePosixPath, Layer | Generate
 def _packed_layout(tensor: StoredTensor) -> QuantizedLayout | None:
     """The layout of a tensor that is shown packed; all others are shown as dropped."""
     modules = tensor.entry.name.split(".")[:-1]
-    if isinstance(tensor.layout, bytes) or len(tensor.entry.shape) != 2 or _NOT_CONVERTED & set(modules[-1:]):
+    if isinstance(tensor.layout, bytes) or len(tensor.entry.shape) != 2:
+        return None
+    if _NOT_CONVERTED & set(modules[-1:]) or modules[-2:] == _NOT_LINEAR:
         return None
     return tensor.layout
 
@@ -76,15 +82,18 @@ def _unpack(tensor: StoredTensor) -> Iterator[PackedTensor]:
         yield part_of(tensor, number, stem + suffix, form.scale_dtype or layout.parts[number].dtype, scaled)
 
 
-def _configure(tensors: list[StoredTensor]) -> dict[str, Any]:
-    qtype = next((layout.qtype for tensor in tensors if (layout := _packed_layout(tensor))), None)
-    if qtype is None:
+def _configure(tensors: list[StoredTensor], fields: Mapping[str, Any]) -> dict[str, Any]:
+    packed = {tensor.entry.name: layout.qtype for tensor in tensors if (layout := _packed_layout(tensor))}
+    if not packed:
         return {}
+    qtype = next(iter(packed.values()))
     kept = {
         tensor.entry.name
         for tensor in tensors
-        if _packed_layout(tensor) is None and len(tensor.entry.shape) == 2 and "*" not in tensor.entry.name
-    }
+        if tensor.entry.name.endswith(".weight") and "*" not in tensor.entry.name and len(tensor.entry.shape) == 2
+    } - packed.keys()
+    if "_class_name" not in fields:
+        kept |= {module for name in kept for module in _modules_of(name, packed.keys())}
     return {
         "quantization_config": {
             "quant_method": "sdnq",
@@ -94,6 +103,23 @@ def _configure(tensors: list[StoredTensor]) -> dict[str, Any]:
             "dequantize_fp32": True,
             "add_skip_keys": False,
             # lm_head: a module without a tensor of its own where it is tied.
-            "modules_to_not_convert": [*sorted(name for name in kept if name.endswith(".weight")), "lm_head"],
+            "modules_to_not_convert": sorted(kept | {"lm_head"}),
         }
     }
+
+
+def _modules_of(name: str, packed: Set[str]) -> Iterator[str]:
+    """What a tensor may be called in the model that transformers loads it into, as names and patterns of SDNQ's.
+
+    transformers puts, leaves out or replaces up to two leading parts: `model.layers.…` becomes `layers.…`, and
+    `visual.blocks.…` becomes `model.visual.blocks.…`. SDNQ goes by the model's names, and takes every linear layer
+    that is not named for a packed one.
+    """
+    parts = name.split(".")
+    for dropped in range(3):
+        rest = ".".join(parts[dropped:])
+        if dropped and len(parts) - dropped < 3:
+            return
+        if not any(other == rest or other.endswith("." + rest) for other in packed):
+            yield rest
+            yield "*." + rest

@@ -242,7 +242,10 @@ class _Names:
         if not model.stored.manifest.is_image_model:
             return None
         key = _versioned(f"{self.key}/{name.tag}", model.stored.version)
-        return _ModelDirectory(key, model, self._convention.children(model))
+        view = self._convention
+        if view.name not in model.children:
+            model.children[view.name] = view.children(model)
+        return _ModelDirectory(key, model, model.children[view.name])
 
 
 class _ModelDirectory:

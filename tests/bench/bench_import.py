@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -16,7 +15,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
 from made_models import write_model
-from report import alternate, peak_rss_mib, print_machine
+from report import alternate, peak_rss_mib, print_machine, touch_memory
 
 
 def main() -> None:
@@ -36,9 +35,12 @@ def main() -> None:
         results: dict[str, object] = {}
 
         def copy() -> None:
-            shutil.rmtree(work / "copy", ignore_errors=True)
             subprocess.run(["cp", "-r", str(model), str(work / "copy")], check=True)
             subprocess.run(["sync"], check=True)
+
+        def clean() -> None:
+            for name in ("store", "store4", "copy"):
+                shutil.rmtree(work / name, ignore_errors=True)
 
         def first_import() -> None:
             results["first"] = run_import(model, work / "store")
@@ -46,33 +48,28 @@ def main() -> None:
         def import_again() -> None:
             results["again"] = run_import(model, work / "store")
 
-        def import_copy() -> None:
-            run_import(work / "same", work / "store")
-
         def import_int4() -> None:
             run_import(model, work / "store4", "--quantize", "int4")
 
-        def import_int4_copy() -> None:
-            run_import(work / "same", work / "store4", "--quantize", "int4")
+        def import_int4_again() -> None:
+            run_import(model, work / "store4", "--quantize", "int4")
 
-        def fresh() -> None:
-            for name in ("store", "store4", "copy"):
-                shutil.rmtree(work / name, ignore_errors=True)
+        def settle() -> None:
             subprocess.run(["sync"], check=True)
+            warm(model)
+            touch_memory(8)
 
-        # The same content in other files: nothing tells it but its bytes. Linked, so that it takes no page cache.
-        shutil.copytree(model, work / "same", copy_function=os.link)
         medians = alternate(
             {
-                "(clean up)": fresh,
+                "(clean up)": clean,
                 "cp -r + sync": copy,
                 "import": first_import,
                 "import again": import_again,
-                "import its copy": import_copy,
                 "import int4": import_int4,
-                "import its copy int4": import_int4_copy,
+                "import int4 again": import_int4_again,
             },
             rounds=options.rounds,
+            before=settle,
         )
         peer = medians["cp -r + sync"]
         for side, median in list(medians.items())[2:]:

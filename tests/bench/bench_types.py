@@ -16,7 +16,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent))
 from bench_import import run_import, warm
 from made_models import write_model
-from report import alternate, print_machine
+from report import alternate, print_machine, touch_memory
 
 TYPES = ("int4", "int8", "nvfp4", "mxfp8")
 
@@ -34,16 +34,20 @@ def main() -> None:
         warm(work / "model")
         print_machine("source in the page cache; a fresh store each time")
 
-        def fresh() -> None:
+        def settle() -> None:
+            subprocess.run(["sync"], check=True)
+            warm(work / "model")
+            touch_memory(4)
+
+        def clean() -> None:
             for each in ("none", *TYPES):
                 shutil.rmtree(work / each, ignore_errors=True)
-            subprocess.run(["sync"], check=True)
 
         def importing(qtype: str) -> object:
             return run_import(work / "model", work / qtype, *(() if qtype == "none" else ("--quantize", qtype)))
 
         sides = {qtype: (lambda qtype=qtype: importing(qtype)) for qtype in ("none", *TYPES)}  # type: ignore[misc]
-        medians = alternate({"(clean up)": fresh, **sides}, rounds=options.rounds)
+        medians = alternate({"(clean up)": clean, **sides}, rounds=options.rounds, before=settle)
         size = sum(path.stat().st_size for path in (work / "model").rglob("*") if path.is_file())
         print("| type | bits a weight | error | import speed | against a plain import |")
         print("| --- | --- | --- | --- | --- |")

@@ -44,11 +44,28 @@ def peak_rss_mib(command: Sequence[str], environment: Mapping[str, str] | None =
     return int(subprocess.run(measure, check=True, capture_output=True, env=environment).stdout) / 1024
 
 
-def alternate(sides: Mapping[str, Callable[[], object]], *, rounds: int) -> dict[str, float]:
-    """The median wall time in seconds of each side, the sides taking turns so that noise hits all alike."""
+def touch_memory(gigabytes: int) -> None:
+    """Write to so much memory and free it again.
+
+    A virtual machine may give free memory back to its host, and pay for each page when it is used again, up to
+    four times what copying takes. Whoever runs first after much was freed would not pay, and win.
+    """
+    code = f"x = bytearray({gigabytes} << 30)\nfor i in range(0, len(x), 4096): x[i] = 1"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def alternate(
+    sides: Mapping[str, Callable[[], object]], *, rounds: int, before: Callable[[], object] = lambda: None
+) -> dict[str, float]:
+    """The median wall time in seconds of each side, the sides taking turns so that noise hits all alike.
+
+    Args:
+        before: brings about the same state before each side, untimed.
+    """
     times: dict[str, list[float]] = {name: [] for name in sides}
     for _ in range(rounds):
         for name, side in sides.items():
+            before()
             started = time.perf_counter()
             side()
             times[name].append(time.perf_counter() - started)

@@ -33,10 +33,10 @@ class _HeadlessZImage(TinyPipeline):
 def _z_image_with_odd_text_encoder(scratch: Path) -> Any:
     import transformers
 
-    from . import tiny_models, tiny_tokenizers
+    from . import tiny_models
 
     pipeline = PIPELINES["z-image"].assemble(scratch)
-    config = tiny_models.qwen3_config(tiny_tokenizers.qwen_tokenizer(scratch / "tokenizer"))
+    config = pipeline.text_encoder.config
     # Like the 3420 columns of Qwen2.5-VL: they divide by no group size, so a matrix of each layer stays as it came.
     config.intermediate_size = 136
     text_encoder = tiny_models.seeded(transformers.Qwen3ForCausalLM(config), 801)

@@ -96,10 +96,24 @@ def test_a_shard_is_missing(cask: CommandLine, tmp_path: Path) -> None:
     folder = write_model(tmp_path / "sharded", shards=3)
     (folder / "transformer" / "diffusion_pytorch_model-00002-of-00003.safetensors").unlink()
     said = fails(cask, folder).err
-    assert (
-        "diffusion_pytorch_model-00002-of-00003.safetensors: is missing, diffusion_pytorch_model.safetensors.index.json"
-        in said
-    )
+    assert "diffusion_pytorch_model-00002-of-00003.safetensors: is missing, " in said
+    assert said.endswith("; complete the download\n")
+
+
+def test_a_shard_and_the_index_that_would_tell_are_missing(cask: CommandLine, tmp_path: Path) -> None:
+    folder = write_model(tmp_path / "sharded", shards=3)
+    (folder / "transformer" / "diffusion_pytorch_model-00003-of-00003.safetensors").unlink()
+    (folder / "transformer" / "diffusion_pytorch_model.safetensors.index.json").unlink()
+    said = fails(cask, folder).err
+    assert "diffusion_pytorch_model-00003-of-00003.safetensors: is missing, " in said
+    assert "is one of 3; complete the download" in said
+
+
+def test_an_index_that_lists_a_shard_that_is_missing(cask: CommandLine, folder: Path) -> None:
+    index = {"weight_map": {"a": "diffusion_pytorch_model.safetensors", "b": "other.safetensors"}}
+    (folder / "transformer" / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps(index))
+    said = fails(cask, folder).err
+    assert "other.safetensors: is missing, diffusion_pytorch_model.safetensors.index.json lists it" in said
 
 
 @pytest.mark.parametrize("text", ["{", "{}", '{"weight_map": []}', '{"weight_map": {"x": 1}}'])

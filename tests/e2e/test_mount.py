@@ -15,7 +15,7 @@ import pytest
 
 from folders import files_of, tensor, write_component, write_model
 from modelcask.mounts import current_mounts
-from running import CommandLine, wait_for
+from running import CommandLine, blob_files, serving, wait_for
 
 pytestmark = pytest.mark.fuse
 
@@ -195,6 +195,68 @@ def test_a_damaged_blob_gives_an_error_and_not_wrong_bytes(cask: CommandLine, mo
     assert (shown.parent / "config.json").read_text()
 
 
+def test_space_comes_back_after_gc_of_what_was_read(cask: CommandLine, mount: Mount, tmp_path: Path) -> None:
+    cask("import", write_model(tmp_path / "m"))
+    root = mount()
+    assert files_of(root / "diffusers/library/m/latest") == files_of(tmp_path / "m")
+    cask("rm", "m")
+    wait_for(lambda: cask("gc", "--json").json["freed_bytes"] == 0 and blob_files(cask.store) == {})
+    (server,) = serving(cask.store)
+    held = [os.readlink(fd) for fd in Path(f"/proc/{server}/fd").iterdir()]
+    assert not [path for path in held if "/blobs/sha256-" in path]
+
+
+def test_a_blob_that_was_healed_is_read_healed(cask: CommandLine, mount: Mount, tmp_path: Path) -> None:
+    folder = write_model(tmp_path / "m")
+    cask("import", folder)
+    layers = cask("show", "m", "--json").json["layers"]
+    digest = next(layer["digest"] for layer in layers if layer["name"] == "transformer/blocks.3.weight")
+    victim = cask.store / "blobs" / digest.replace(":", "-")
+    victim.chmod(0o644)
+    victim.write_bytes(victim.read_bytes()[:-1] + b"?")
+    shard = mount() / "diffusers/library/m/latest/transformer/diffusion_pytorch_model.safetensors"
+    whole = (folder / "transformer" / shard.name).read_bytes()
+    assert shard.read_bytes() != whole
+    assert len(cask("verify", "--json", status=1).json["corrupt"]) == 1
+    cask("import", folder)
+    cask("verify")
+    wait_for(lambda: shard.read_bytes() == whole, seconds=2)
+
+
+def fill(path: Path) -> None:
+    """Write until there is no space left."""
+    with path.open("wb", buffering=0) as file:
+        try:
+            while True:
+                file.write(bytes(4096))
+        except OSError as error:
+            assert error.errno == errno.ENOSPC
+
+
+def test_a_full_store_can_still_be_read(cask: CommandLine, fuse: None, tmp_path: Path) -> None:
+    del fuse
+    folder = write_model(tmp_path / "m")
+    cask.store.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "none", str(cask.store)], check=True)
+    try:
+        cask("import", folder)
+        with cask.mounted(tmp_path / "mnt") as root:
+            fill(cask.store / "filler")
+            assert files_of(root / "diffusers/library/m/latest") == files_of(folder)
+            assert cask("gc", "--dry-run", "--json").json["removed_blobs"] == 0
+            cask("status")
+    finally:
+        subprocess.run(["umount", str(cask.store)], check=True)
+
+
+def test_a_store_whose_path_holds_a_comma_can_be_mounted(fuse: None, tmp_path: Path) -> None:
+    del fuse
+    cask = CommandLine(tmp_path / "a,b c", tmp_path)
+    cask("import", write_model(tmp_path / "m"))
+    with cask.mounted(tmp_path / "mnt") as root:
+        assert cask("path", "m").out.strip() == str(root / "diffusers/library/m/latest")
+
+
 def test_an_unreadable_manifest_gives_an_error_there_and_nowhere_else(
     cask: CommandLine, mount: Mount, tmp_path: Path
 ) -> None:
@@ -209,6 +271,8 @@ def test_an_unreadable_manifest_gives_an_error_there_and_nowhere_else(
 
 
 def test_mounting_where_it_cannot_be_is_told_in_one_line(cask: CommandLine, mount: Mount, tmp_path: Path) -> None:
+    cask("import", write_model(tmp_path / "m"))
+
     def said(directory: Path) -> str:
         done = cask("mount", directory, status=1)
         assert done.err.count("\n") == 1

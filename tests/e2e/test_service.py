@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from folders import files_of, write_model
-from running import CommandLine, wait_for
+from running import CommandLine, serving, wait_for
 
 
 class Watching:
@@ -99,15 +99,36 @@ def test_a_drop_that_changes_is_imported_again_and_one_that_does_not_is_left_alo
     assert "importing" not in again.end()
 
 
+def test_a_drop_that_fails_does_not_end_the_watcher(watching: Watching, tmp_path: Path) -> None:
+    broken = write_model(tmp_path / "broken")
+    index = broken / "model_index.json"
+    index.write_text(index.read_text().replace("false", "1e400"))
+    broken.rename(watching.drops / "broken")
+    wait_for(lambda: watching.states() == {"library/broken:latest": "failed"})
+    (watching.drops / os.fsdecode(b"bad\xff")).mkdir()
+    write_model(tmp_path / "good").rename(watching.drops / "good")
+    wait_for(lambda: watching.states().get("library/good:latest") == "imported")
+    assert watching.process.poll() is None
+
+
+def test_a_folder_in_the_drop_directory_of_a_type_is_quantized(watching: Watching, tmp_path: Path) -> None:
+    (watching.drops / "int4").mkdir()
+    write_model(tmp_path / "m").rename(watching.drops / "int4" / "m")
+    wait_for(lambda: watching.states() == {"library/m:int4": "imported"})
+    assert [each["quantization"] for each in watching.cask("ls", "--json").json] == ["INT4"]
+
+
+def test_a_drop_that_is_removed_is_forgotten(watching: Watching, tmp_path: Path) -> None:
+    write_model(tmp_path / "m").rename(watching.drops / "m")
+    wait_for(lambda: watching.states() == {"library/m:latest": "imported"})
+    shutil.rmtree(watching.drops / "m")
+    wait_for(lambda: watching.states() == {})
+    assert len(watching.cask("ls", "--json").json) == 1
+
+
 def test_a_second_watcher_of_the_same_store_is_refused(cask: CommandLine, watching: Watching) -> None:
     said = cask("watch", status=1).err
     assert f"process {watching.process.pid} watches for this store already" in said
-
-
-def serving(cask: CommandLine) -> list[int]:
-    """The processes that serve the store."""
-    found = subprocess.run(["pgrep", "-f", f"modelcaskfs {cask.store}"], capture_output=True, text=True, check=False)
-    return [int(pid) for pid in found.stdout.split()]
 
 
 @pytest.mark.fuse
@@ -135,7 +156,7 @@ def test_up_starts_what_dies_again(cask: CommandLine) -> None:
     models = up.home / "models"
     try:
         wait_for((models / "diffusers").is_dir)
-        (killed,) = serving(cask)
+        (killed,) = serving(cask.store)
         os.kill(killed, signal.SIGKILL)
 
         def answers() -> bool:
@@ -144,7 +165,7 @@ def test_up_starts_what_dies_again(cask: CommandLine) -> None:
             except OSError:
                 return False
 
-        wait_for(lambda: serving(cask) not in ([], [killed]) and answers())
+        wait_for(lambda: serving(cask.store) not in ([], [killed]) and answers())
     finally:
         said = up.end()
     assert "mount ended with exit status -9, starting it again" in said

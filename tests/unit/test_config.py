@@ -58,6 +58,10 @@ def test_the_usual_file_is_found(home: Path) -> None:
         ("[[drop]]\npath = '/a'\nafter = 'burn'", "after: 'burn' is neither"),
         ("[[drop]]\npath = '/a'\nnamespace = 'a.b'", "drop 1: namespace: .*holds a '.'"),
         ("[[drop]]\npath = '/a'\nx = 1", "drop 1: x: no such key"),
+        ("[[drop]]\npath = '/a'\nquantize = ['int4']", r"quantize: \['int4'\] is none of"),
+        ("[[drop]]\npath = '/a'\nnamespace = 5", "namespace: write one name"),
+        ("[[drop]]\npath = '/a'\nnamespace = 'a/b'", "namespace: write one name"),
+        ("[[drop]]\npath = '~nosuchuser/x'", "drop 1: path: "),
     ],
 )
 def test_what_is_not_allowed_is_told_by_file_key_and_what_is(home: Path, text: str, reason: str) -> None:

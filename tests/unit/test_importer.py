@@ -135,7 +135,7 @@ def test_a_tensor_larger_than_the_buffer_is_recognized_and_not_written_again(
     # A wrong prediction costs a second look, never a wrong blob.
     _treat_as_large(monkeypatch)
     wrong = dict.fromkeys(_samples(store), first.manifest)
-    store.index.remember(predictions=wrong, unchanged={}, quantizations={})
+    store.index.remember(predictions=wrong)
     (third,) = import_folder(store, folder)
     assert third.manifest == first.manifest
 
@@ -148,45 +148,6 @@ def _treat_as_large(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def _samples(store: Store) -> list[bytes]:
     return [row[0] for row in store.index._db.execute("SELECT sample FROM predictions")]
-
-
-def test_a_file_that_has_not_changed_is_not_read_again(
-    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    folder = write_model(tmp_path / "m")
-    monkeypatch.setattr(range_store, "_SETTLED_NS", -(10**10))  # a file written just now counts as settled
-    (first,) = import_folder(store, folder)
-    monkeypatch.setattr(range_store.RangeStore, "_store", None)  # whatever would be read fails
-    (again,) = import_folder(store, folder)
-    assert (again.manifest, again.new_blobs) == (first.manifest, 0)
-    monkeypatch.undo()
-
-    shard = folder / "vae" / "diffusion_pytorch_model.safetensors"
-    status, data = shard.stat(), bytearray(shard.read_bytes())
-    data[-1] ^= 1
-    shard.write_bytes(data)
-    os.utime(shard, ns=(status.st_atime_ns, status.st_mtime_ns))  # the ctime tells all the same
-    (changed,) = import_folder(store, folder)
-    assert changed.manifest != first.manifest
-    assert changed.new_bytes > 0
-
-
-def test_what_an_unchanged_file_held_is_read_again_if_its_blob_is_gone(
-    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    folder = write_model(tmp_path / "m")
-    monkeypatch.setattr(range_store, "_SETTLED_NS", -(10**10))
-    import_folder(store, folder)
-    victim = max(store.blobs.directory.iterdir(), key=lambda path: path.stat().st_size)
-    victim.unlink()
-    (again,) = import_folder(store, folder)
-    assert victim.exists()
-    assert again.new_blobs == 1
-
-
-def test_a_file_that_was_written_a_moment_ago_is_read_again(store: Store, tmp_path: Path) -> None:
-    import_folder(store, write_model(tmp_path / "m"))
-    assert store.index._db.execute("SELECT count(*) FROM unchanged").fetchone() == (0,)
 
 
 def test_a_wrong_sized_blob_is_repaired(store: Store, tmp_path: Path) -> None:

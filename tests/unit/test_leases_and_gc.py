@@ -10,7 +10,7 @@ from folders import write_model
 from modelcask import gc, leases
 from modelcask.digest import Digest
 from modelcask.errors import InvalidManifest
-from modelcask.leases import Lease
+from modelcask.leases import Lease, LeaseTaken, SoleLease
 from modelcask.names import ModelName
 from modelcask.store import Store
 from running import blob_files, import_folder
@@ -156,6 +156,44 @@ def test_the_gate_keeps_gc_from_taking_a_blob_that_was_just_found(store: Store) 
         thread.join(10)
         assert removed[0].blobs == {}
         assert store.blobs.size(digest) == 5
+
+
+def test_a_lease_that_cannot_say_what_it_needs_protects_everything(store: Store) -> None:
+    put(store, b"x")
+    with Lease(store.leases, leases.EVERYTHING):
+        assert gc.collect(store).blobs == {}
+    assert len(gc.collect(store).blobs) == 1
+
+
+def test_leases_that_end_while_others_are_looked_at_disturb_nobody(store: Store) -> None:
+    stop = threading.Event()
+
+    def take_and_release() -> None:
+        while not stop.is_set():
+            Lease(store.leases, "test", [A]).release()
+
+    threads = [threading.Thread(target=take_and_release) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    try:
+        for _ in range(200):
+            store.remove_abandoned_files()
+            leases.protected(store.leases)
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join()
+
+
+def test_the_sole_lease_is_held_by_one(store: Store) -> None:
+    assert leases.sole_holder(store.leases) is None
+    with SoleLease(store.leases):
+        assert leases.sole_holder(store.leases) == os.getpid()
+        with pytest.raises(LeaseTaken, match=f"process {os.getpid()} watches"):
+            SoleLease(store.leases)
+    assert leases.sole_holder(store.leases) is None
+    with SoleLease(store.leases):
+        pass
 
 
 def test_what_dead_writers_left_is_removed_and_what_living_ones_have_is_not(store: Store) -> None:

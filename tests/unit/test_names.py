@@ -1,7 +1,7 @@
 import pytest
 
 from modelcask.errors import InvalidName
-from modelcask.names import ModelName
+from modelcask.names import ModelName, namespace_from_folder_name
 
 
 @pytest.mark.parametrize(
@@ -55,10 +55,6 @@ def test_what_the_rules_forbid_is_refused(text: str) -> None:
     assert str(caught.value).isprintable()
 
 
-def test_names_that_differ_in_case_fold_to_the_same() -> None:
-    assert ModelName.parse("Org/Flux:FP16").folded == ModelName.parse("org/flux:fp16").folded
-
-
 @pytest.mark.parametrize(
     ("folder", "name"),
     [("FLUX.1 [schnell]", "FLUX.1--schnell-"), (".hidden", "hidden"), ("ä-model", "model"), ("x" * 300, "x" * 80)],
@@ -70,3 +66,8 @@ def test_a_folder_name_gives_a_model_name(folder: str, name: str) -> None:
 def test_a_folder_name_of_which_nothing_is_left_is_refused() -> None:
     with pytest.raises(InvalidName, match="--name"):
         ModelName.from_folder_name("...")
+
+
+def test_a_folder_of_models_gives_a_namespace() -> None:
+    assert namespace_from_folder_name("stability.ai") == "stability-ai"
+    assert ModelName.parse(f"{namespace_from_folder_name('.ä b')}/x").namespace

@@ -61,12 +61,20 @@ def test_importing_again_heals(two_models: Store, tmp_path: Path) -> None:
     assert check(two_models).is_sound
 
 
-def test_quick_finds_a_wrong_size_and_reads_nothing(two_models: Store) -> None:
-    blob = blob_of(two_models, "two", "vae/decoder.bias")
-    overwrite(blob, b"short")
+@pytest.mark.parametrize("fingerprints", ["known", "lost", "wrong"])
+def test_quick_finds_what_is_wrong_whatever_the_fingerprints_say(two_models: Store, fingerprints: str) -> None:
+    database = two_models.index._db
+    assert database.execute("SELECT count(*) FROM fingerprints").fetchone() == (len(blob_files(two_models.root)),)
+    if fingerprints == "lost":
+        database.execute("DELETE FROM fingerprints")
+    elif fingerprints == "wrong":
+        database.execute("UPDATE fingerprints SET xxh3 = zeroblob(8)")
+    assert check(two_models, quick=True).is_sound
+    flipped, short = (blob_of(two_models, "two", f"vae/decoder.{name}") for name in ("weight", "bias"))
+    overwrite(flipped, flipped.read_bytes()[:-1] + b"x")
+    overwrite(short, b"short")
     found = check(two_models, quick=True)
-    assert [damage.path.name for damage in found.corrupt] == [blob.name]
-    assert found.read_bytes == 0
+    assert {damage.path.name for damage in found.corrupt} == {flipped.name, short.name}
 
 
 def test_a_missing_blob_is_found(two_models: Store) -> None:

@@ -10,7 +10,7 @@ import traceback
 import click
 
 from modelcask import __version__
-from modelcask.errors import ModelcaskError
+from modelcask.errors import ModelcaskError, disk_error, printable
 
 # Commands by the module that holds them. Only the one that runs is imported: `modelcask ls` starts in a
 # quarter of a second because nothing else is loaded (tests/bench/bench_cold_start.py).
@@ -89,11 +89,15 @@ def main() -> None:
     except (click.exceptions.Abort, KeyboardInterrupt):
         click.echo("modelcask: interrupted", err=True)
         sys.exit(1)
+    except Exception as error:  # noqa: BLE001 - a bug; the user gets a line, --debug the traceback
+        if debug:
+            traceback.print_exc()
+        what = printable(f"{type(error).__name__}: {error}")
+        click.echo(f"modelcask: this is a bug: {what}; run it again with --debug and report what it prints", err=True)
+        sys.exit(1)
 
 
 def _one_line(error: ModelcaskError | OSError) -> str:
     if isinstance(error, ModelcaskError):
         return str(error)
-    from modelcask.cli.output import disk_error
-
     return disk_error(error)

@@ -18,8 +18,16 @@ from modelcask.cli.output import (
     store_option,
 )
 from modelcask.errors import ModelcaskError, ModelNotFound, MountFailed, printable
-from modelcask.facts import ComponentFacts, Summary, TensorFacts, compare, components, summarize, tensors
-from modelcask.names import ModelName
+from modelcask.facts import (
+    ComponentFacts,
+    Summary,
+    TensorFacts,
+    compare,
+    components,
+    image_model,
+    summarize,
+    tensors,
+)
 
 
 @click.command("ls")
@@ -65,7 +73,7 @@ def show_command(name: str, root: Path, *, with_tensors: bool, as_json: bool) ->
     every layer with its digest.
     """
     store = existing_store(root)
-    stored = store.manifests.read(ModelName.parse(name))
+    stored = image_model(store, name)
     summary = summarize(store, stored)
     parts = components(store, stored)
     if as_json:
@@ -105,7 +113,7 @@ def path_command(name: str, view: str, root: Path, *, as_json: bool) -> None:
     from modelcask.mounts import mounts_of
 
     store = existing_store(root)
-    stored = store.manifests.read(ModelName.parse(name))
+    stored = image_model(store, name)
     mounts = mounts_of(store.root)
     if not mounts:
         raise MountFailed(store.root, "is not mounted anywhere", "run `modelcask mount DIR` or `modelcask up`")
@@ -130,7 +138,7 @@ def diff_command(first: str, second: str, root: Path, *, as_json: bool) -> None:
     Equal tensors are stored once. For quantized models, each component's size and error stand side by side.
     """
     store = existing_store(root)
-    one, two = (store.manifests.read(ModelName.parse(name)) for name in (first, second))
+    one, two = (image_model(store, name) for name in (first, second))
     difference = compare(one, two)
     both = [(each, {part.name: part for part in components(store, each)}) for each in (one, two)]
     if as_json:

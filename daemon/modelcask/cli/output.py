@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import signal
 import sys
@@ -21,15 +20,6 @@ from modelcask.store import Store
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-_WHAT_TO_DO = {
-    errno.ENOSPC: "free some space there (`modelcask gc` removes what no model needs), then try again",
-    errno.EDQUOT: "free some space there (`modelcask gc` removes what no model needs), then try again",
-    errno.EROFS: "make it writable, or give another --store",
-    errno.EACCES: "change the permissions, or run as a user who has them",
-    errno.EPERM: "change the permissions, or run as a user who has them",
-    errno.EIO: "the disk failed; look at `dmesg`",
-    errno.EMFILE: "raise the limit of open files (ulimit -n)",
-}
 _PLAIN_INTERVAL = 10.0
 
 
@@ -77,14 +67,6 @@ def size_text(count: int) -> str:
     return f"{size:.1f} TB"
 
 
-def disk_error(error: OSError) -> str:
-    """One line for an error of the disk: what, where, what to do."""
-    where = printable(str(error.filename)) + ": " if error.filename else ""
-    what = (error.strerror or str(error)).lower()
-    advice = _WHAT_TO_DO.get(error.errno or 0)
-    return f"{where}{what}" + (f"; {advice}" if advice else "")
-
-
 def existing_store(root: Path) -> Store:
     """The store for reading; where there is none yet, an empty one, which is said on stderr."""
     if not root.exists():
@@ -106,9 +88,9 @@ def progress(what: str, *, quiet: bool) -> Iterator[Callable[[int, int], None]]:
 
 @contextmanager
 def stopping_on_signals() -> Iterator[threading.Event]:
-    """An event that SIGINT and SIGTERM set while the body runs; a second SIGINT kills as usual."""
+    """An event that SIGINT, SIGTERM and SIGHUP set while the body runs; a second SIGINT kills as usual."""
     stop = threading.Event()
-    previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
 
     def handle(_number: int, _frame: Any) -> None:
         stop.set()

@@ -22,6 +22,8 @@ from modelcask.cli.output import (
     store_option,
 )
 from modelcask.config import Config
+from modelcask.errors import IndexFailed, InvalidConfig
+from modelcask.leases import sole_holder
 from modelcask.mounts import current_mounts, mounts_of, unmount
 from modelcask.store import Store
 
@@ -67,6 +69,7 @@ def mount_command(directory: Path, options: tuple[str, ...], root: Path, *, fore
       DIR/tensors/library/flux/latest/     a file for each tensor
       DIR/blobs/                           the store's blobs
     """
+    existing_store(root)
     arguments = [
         str(root),
         str(directory),
@@ -78,8 +81,10 @@ def mount_command(directory: Path, options: tuple[str, ...], root: Path, *, fore
 
 @click.command("umount")
 @click.argument("directory", type=click.Path(path_type=Path), metavar="DIR")
-def umount_command(directory: Path) -> None:
-    """Unmount the models from DIR."""
+@store_option
+def umount_command(directory: Path, root: Path) -> None:
+    """Unmount the models from DIR, whatever store they are of."""
+    del root
     unmount(directory)
 
 
@@ -93,7 +98,12 @@ def watch_command(config_path: Path | None, root: Path | None) -> None:
     status` tells what is still missing. ctrl-c ends it; an import that was under way goes on at the next
     start.
     """
+    import warnings
+
     from modelcask.service import Service
+
+    # watchdog 7 warns, a dozen lines each, of folders that vanish while it begins to watch them.
+    warnings.filterwarnings("ignore", module="watchdog")
 
     logging.basicConfig(level=logging.INFO, format="modelcask: %(message)s", stream=sys.stderr)
     effective = _configuration(config_path, root)
@@ -128,7 +138,7 @@ def up_command(config_path: Path | None, root: Path | None) -> None:
         err=True,
     )
     with stopping_on_signals() as stop:
-        children = [Child("mount", mount), Child("watch", watch)]
+        children = [Child("mount", mount, lingers=True), Child("watch", watch)]
         keep_running(children, stop=stop, say=lambda text: click.echo(f"modelcask: {text}", err=True))
 
 
@@ -137,12 +147,15 @@ def up_command(config_path: Path | None, root: Path | None) -> None:
 @json_option
 def status_command(root: Path, *, as_json: bool) -> None:
     """Show what is mounted, what is being imported, and what is still missing of a drop."""
-    from modelcask.service import running_pid
-
     store = existing_store(root)
-    pid = running_pid(store)
+    pid = sole_holder(store.leases)
     mounts = mounts_of(store.root)
-    drops = store.index.drops() if store.has_index else []
+    try:
+        index = store.index_for_looking()
+        drops = index.drops() if index is not None else []
+    except IndexFailed as error:
+        click.echo(f"modelcask: {error}", err=True)  # the rest can be told all the same
+        drops = []
     if as_json:
         print_json(
             {
@@ -173,6 +186,8 @@ def status_command(root: Path, *, as_json: bool) -> None:
 
 def _configuration(path: Path | None, root: Path | None) -> Config:
     effective = config.load(path)
+    if any(drop.after == "delete" for drop in effective.drops):
+        raise InvalidConfig(path or config.default_path(), 'after = "delete" is not there yet; write "keep"')
     return Config(root or effective.store, effective.mount, effective.drops)
 
 

@@ -33,7 +33,6 @@ _QUANTIZED_DTYPES = ("dtype F8", "dtype F6", "dtype F4", "dtype U8", "dtype I8")
 @click.option(
     "--quantize", metavar="T", type=click.Choice(list(QUANT_TYPES)), help="Quantize: " + ", ".join(QUANT_TYPES) + "."
 )
-@click.option("--reread", is_flag=True, help="Read files again that have not changed since they were imported.")
 @store_option
 @json_option
 def import_command(
@@ -43,7 +42,6 @@ def import_command(
     quantize: str | None,
     root: Path,
     *,
-    reread: bool,
     as_json: bool,
 ) -> None:
     """Store the diffusers model in the folder DIR.
@@ -63,7 +61,7 @@ def import_command(
     store = Store.create(root)
     names = ", ".join(str(model.name) for model in planned.models)
     with stopping_on_signals() as stop, progress(f"importing {names}", quiet=as_json) as report:
-        results = importer.run_import(store, planned, report=report, stop=stop, reread=reread)
+        results = importer.run_import(store, planned, report=report, stop=stop)
     if as_json:
         print_json([result_json(result) for result in results])
     else:
@@ -74,11 +72,13 @@ def import_command(
 
 @click.command("demo")
 @click.argument("folder", type=click.Path(path_type=Path), metavar="DIR")
-def demo_command(folder: Path) -> None:
+@store_option
+def demo_command(folder: Path, root: Path) -> None:
     """Write a small, valid diffusers folder to DIR, to try things with.
 
-    Its weights are random; it loads, but it draws nothing.
+    Its weights are random: it loads and runs, but it draws noise. Nothing is imported yet.
     """
+    del root
     from modelcask.demo import write_demo
 
     write_demo(folder)

@@ -18,6 +18,7 @@ from modelcask.cli.output import (
     store_option,
 )
 from modelcask.errors import printable
+from modelcask.facts import image_model
 from modelcask.names import ModelName
 from modelcask.store import Store
 
@@ -32,7 +33,7 @@ def rm_command(names: tuple[str, ...], root: Path, *, as_json: bool) -> None:
     Frees nothing yet: other models may share their tensors. `modelcask gc` then removes what none needs.
     """
     store = Store.open(root)
-    stored = [store.manifests.read(ModelName.parse(name)) for name in names]
+    stored = list({model.name: model for name in names if (model := image_model(store, name))}.values())
     for model in stored:
         store.manifests.remove(model.name)
     if as_json:
@@ -71,7 +72,7 @@ def gc_command(root: Path, *, dry_run: bool, as_json: bool) -> None:
 
 @click.command("verify")
 @click.argument("names", nargs=-1, metavar="[NAME...]")
-@click.option("--quick", is_flag=True, help="Compare sizes only; reads no blob.")
+@click.option("--quick", is_flag=True, help="Compare fingerprints (xxh3), as fast as the disk.")
 @store_option
 @json_option
 def verify_command(names: tuple[str, ...], root: Path, *, quick: bool, as_json: bool) -> None:
@@ -109,8 +110,10 @@ def verify_command(names: tuple[str, ...], root: Path, *, quick: bool, as_json: 
         for error in found.unreadable:
             click.echo(f"unreadable manifest {error}")
         wrong = len(found.corrupt) + len(found.missing) + len(found.unreadable)
-        read = "sizes only" if quick else f"{size_text(found.read_bytes)} read"
-        click.echo(f"{found.checked} blobs checked, {read}: " + (f"{wrong} wrong" if wrong else "all sound"))
+        click.echo(
+            f"{found.checked} blobs checked, {size_text(found.read_bytes)} read: "
+            + (f"{wrong} wrong" if wrong else "all sound")
+        )
     if interrupted:
         click.echo("modelcask: interrupted, the rest was not checked", err=True)
     sys.exit(0 if found.is_sound and not interrupted else 1)
