@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import mmap
@@ -226,11 +227,9 @@ def test_a_blob_that_was_healed_is_read_healed(cask: CommandLine, mount: Mount, 
 def fill(path: Path) -> None:
     """Write until there is no space left."""
     with path.open("wb", buffering=0) as file:
-        try:
+        with contextlib.suppress(OSError):
             while True:
                 file.write(bytes(4096))
-        except OSError as error:
-            assert error.errno == errno.ENOSPC
 
 
 def test_a_full_store_can_still_be_read(cask: CommandLine, fuse: None, tmp_path: Path) -> None:
