@@ -11,6 +11,7 @@ import os
 import shutil
 import threading
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -109,6 +110,8 @@ class Ingestion:
         self._staged_bytes = 0
         self._added: set[Digest] = set()
         self._count = 0
+        # Starting write-back waits where the disk's queue is full, up to a third of a second; hashing need not.
+        self._writeback = ThreadPoolExecutor(1, "writeback")
 
     def has(self, digest: Digest, size: int) -> bool:
         """Whether the blob exists or is staged, with the right size. It stays while the lease is held."""
@@ -116,13 +119,17 @@ class Ingestion:
             return digest in self._added or self._blobs.size(digest) == size
 
     def create_temporary(self) -> tuple[int, Path]:
-        """A new file to write a blob's bytes to: its descriptor, which the caller closes, and its path."""
+        """A new file to write a blob's bytes to: its descriptor, for `finish_writing`, and its path."""
         with self._lock:
             self._count += 1
             path = self._temporary / str(self._count)
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         os.fchmod(fd, 0o444)
         return fd, path
+
+    def finish_writing(self, fd: int) -> None:
+        """Take over a descriptor whose file is complete, or was given up: closes it, soon."""
+        self._writeback.submit(_start_writeback_and_close, fd)
 
     def stage(self, temporary: Path, digest: Digest, size: int) -> bool:
         """Hand over a complete temporary file. Whether it is new; if not, the file is removed.
@@ -153,7 +160,7 @@ class Ingestion:
             with durable.naming(path):
                 durable.write_all(fd, data)
         finally:
-            os.close(fd)
+            self.finish_writing(fd)
         return self.stage(path, digest, len(data))
 
     def commit(self, blobs: Mapping[Digest, int]) -> None:
@@ -190,4 +197,12 @@ class Ingestion:
 
     def close(self) -> None:
         """Remove all that is left in the temporary folder, and the folder."""
+        self._writeback.shutdown()
         shutil.rmtree(self._temporary)
+
+
+def _start_writeback_and_close(fd: int) -> None:
+    try:
+        durable.start_writeback(fd)
+    finally:
+        os.close(fd)

@@ -32,13 +32,12 @@ from modelcask.store import Store
 
 _Answer = TypeVar("_Answer")
 
-# Workers of an import, and the largest buffer that each has: nearly all tensors of today's models fit. Together
-# they take no more than 96 MiB, however many cores there are.
+# Workers of an import, and the buffer that each has.
 WORKERS = max(2, min(8, os.cpu_count() or 2))
-_BUFFER = min(32 << 20, (96 << 20) // WORKERS)
+_BUFFER = 8 << 20
 # Pieces in which a range passes through: what is read should still be in the CPU's cache when it is hashed and
 # quantized. A whole number of groups of every quantization type and dtype.
-_PIECE = 1 << 20
+_PIECE = 512 << 10
 _SAMPLE = 64 << 10
 assert max(_PIECE, _SAMPLE) <= _BUFFER  # both pass through the buffer
 
@@ -247,6 +246,7 @@ class _Temporary:
     """A temporary file being written; removed if the body fails, left for staging if not."""
 
     def __init__(self, ingestion: Ingestion) -> None:
+        self._ingestion = ingestion
         self.fd, self.path = ingestion.create_temporary()
         self._xxh3 = xxhash.xxh3_64()
 
@@ -267,9 +267,7 @@ class _Temporary:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if kind is None:
-            durable.start_writeback(self.fd)
-        os.close(self.fd)
+        self._ingestion.finish_writing(self.fd)
         if kind is not None:
             self.path.unlink()
 

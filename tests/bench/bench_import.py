@@ -57,7 +57,7 @@ def main() -> None:
         def settle() -> None:
             subprocess.run(["sync"], check=True)
             warm(model)
-            touch_memory(8)
+            touch_memory(4)
 
         medians = alternate(
             {

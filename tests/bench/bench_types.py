@@ -37,7 +37,7 @@ def main() -> None:
         def settle() -> None:
             subprocess.run(["sync"], check=True)
             warm(work / "model")
-            touch_memory(4)
+            touch_memory(2)
 
         def clean() -> None:
             for each in ("none", *TYPES):

@@ -226,10 +226,9 @@ def test_a_blob_that_was_healed_is_read_healed(cask: CommandLine, mount: Mount, 
 
 def fill(path: Path) -> None:
     """Write until there is no space left."""
-    with path.open("wb", buffering=0) as file:
-        with contextlib.suppress(OSError):
-            while True:
-                file.write(bytes(4096))
+    with path.open("wb", buffering=0) as file, contextlib.suppress(OSError):
+        while True:
+            file.write(bytes(4096))
 
 
 def test_a_full_store_can_still_be_read(cask: CommandLine, fuse: None, tmp_path: Path) -> None:

@@ -202,7 +202,7 @@ def test_what_dead_writers_left_is_removed_and_what_living_ones_have_is_not(stor
     (store.root / "tmp" / "loose").write_bytes(b"x")
     with store.ingestion() as ingestion:
         fd, path = ingestion.create_temporary()
-        os.close(fd)
+        ingestion.finish_writing(fd)
         store.remove_abandoned_files()
         assert [entry.name for entry in (store.root / "tmp").iterdir()] == [path.parent.name]
         assert path.exists()
