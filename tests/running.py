@@ -57,10 +57,16 @@ class CommandLine:
         assert status is None or done.returncode == status, done.stderr + done.stdout
         return Done(done.returncode, done.stdout, done.stderr)
 
-    def start(self, *arguments: str | Path) -> subprocess.Popen[str]:
+    def start(self, *arguments: str | Path, stdout_closed: bool = False) -> subprocess.Popen[str]:
         """Start a command that stays; its stderr can be read."""
         command = [sys.executable, "-m", "modelcask", *map(str, arguments)]
-        return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=self.environment)
+        reading, writing = os.pipe()
+        os.close(reading)
+        try:
+            stdout = writing if stdout_closed else None
+            return subprocess.Popen(command, stdout=stdout, stderr=subprocess.PIPE, text=True, env=self.environment)
+        finally:
+            os.close(writing)
 
     @contextmanager
     def mounted(self, directory: Path, *options: str) -> Iterator[Path]:

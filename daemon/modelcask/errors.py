@@ -43,7 +43,8 @@ class ModelcaskError(Exception):
     """The root of all domain errors; `str()` is one printable line."""
 
     def message(self) -> str:
-        raise NotImplementedError(type(self))  # pragma: no cover - each subclass says its own
+        """What, where, what to do; each kind of error says its own."""
+        return super().__str__()
 
     def __str__(self) -> str:
         return printable(self.message())

@@ -63,7 +63,7 @@ def cli() -> None:
     `modelcask up` does it all in one: it imports what is dropped into ~/imports and shows it in ~/models.
 
     The store is ~/.local/share/modelcask; --store or MODELCASK_STORE names another. Exit codes: 0 done,
-    1 failed, 2 wrong usage.
+    1 failed, 2 wrong usage. Every command takes --debug, which shows where an error comes from.
     """
 
 
@@ -73,9 +73,13 @@ def main() -> None:
     if debug:
         sys.argv.remove("--debug")
     try:
-        sys.exit(cli(standalone_mode=False))
+        sys.exit(cli(prog_name="modelcask", standalone_mode=False))
+    except click.UsageError as error:
+        command = error.ctx.command_path if error.ctx else "modelcask"
+        click.echo(f"modelcask: {printable(error.format_message())} See `{command} --help`.", err=True)
+        sys.exit(error.exit_code)
     except click.ClickException as error:
-        error.show()
+        click.echo(f"modelcask: {printable(error.format_message())}", err=True)
         sys.exit(error.exit_code)
     except (ModelcaskError, OSError) as error:
         if debug:
