@@ -95,10 +95,7 @@ def run_import(store: Store, plan: ImportPlan, *, report: Report, stop: threadin
         results = []
         for model, manifest in manifests:
             name = store.manifests.stored_name(model.name)
-            # A blob that was stored anew may have been read before, when it was damaged: another state of the
-            # manifest's file makes mounts forget what they have of it.
-            renew = not work.ranges.new.isdisjoint(manifest.blobs())
-            digest = store.manifests.write(name, manifest, temporary=ingestion.temporary_name(), renew=renew)
+            digest = store.manifests.write(name, manifest, temporary=ingestion.temporary_name())
             results.append(work.result(model, name, manifest, digest, time.monotonic() - started))
     try:
         _record(store, plan, work.ranges, results)

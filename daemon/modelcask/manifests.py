@@ -5,6 +5,7 @@ The JSON is the Docker v2 schema as upstream writes it; see DESIGN.md, "Manifest
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -179,11 +180,10 @@ class ManifestStore:
             raise InvalidManifest(path, "it does not lie at <host>/<namespace>/<name>/<tag>") from None
         return StoredManifest(name, path, Manifest.decode(data, path), Digest.of(data), version_of(stat))
 
-    def write(self, name: ModelName, manifest: Manifest, *, temporary: Path, renew: bool = False) -> Digest:
+    def write(self, name: ModelName, manifest: Manifest, *, temporary: Path) -> Digest:
         """Commit `manifest` under `name`, replacing what is there; durable when it returns.
 
-        All its blobs must be durable before. A file that holds these bytes already is left as it is, unless
-        it is to be renewed.
+        All its blobs must be durable before. A file that holds these bytes already is left as it is.
         """
         data = manifest.encode()
         path = self.path(name)
@@ -191,7 +191,7 @@ class ManifestStore:
             unchanged = path.read_bytes() == data
         except FileNotFoundError:
             unchanged = False
-        while renew or not unchanged:
+        while not unchanged:
             durable.make_directory(path.parent)
             try:
                 durable.write_file(path, data, temporary=temporary, mode=0o644)
@@ -199,6 +199,11 @@ class ManifestStore:
             except FileNotFoundError:
                 continue  # who removed the last other tag removed the directory, too
         return Digest.of(data)
+
+    def renew(self, stored: StoredManifest) -> None:
+        """Give the manifest's file another version, its bytes unchanged: mounts show the model anew."""
+        with contextlib.suppress(FileNotFoundError):  # removed meanwhile
+            os.utime(stored.path)
 
     def remove(self, name: ModelName) -> None:
         """Remove the manifest of `name`, durably, and the directories this leaves empty.

@@ -105,10 +105,15 @@ def verify(
     fingerprints = store.index.fingerprints() if quick and store.has_index else {}
     reading = _Reading(store, fingerprints, report, stop, sum(present.values()))
     corrupt = reading.corrupt_among(sorted(present))
+    set_aside = tuple(damage(digest, _quarantine(store, digest, found)) for digest, found in sorted(corrupt.items()))
+    for stored in manifests:
+        # What a mount or the kernel has read of the damaged bytes must not be shown again.
+        if not corrupt.keys().isdisjoint(stored.manifest.blobs()):
+            store.manifests.renew(stored)
     return Verification(
         reading.checked + len(missing),
         reading.done,
-        tuple(damage(digest, _quarantine(store, digest, found)) for digest, found in sorted(corrupt.items())),
+        set_aside,
         tuple(missing),
         () if chosen else unreadable,
     )

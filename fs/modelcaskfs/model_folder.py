@@ -154,6 +154,11 @@ class ModelFolder:
             raise InvalidManifest(self.stored.path, f"it is quantized to {name!r}, which this version does not know")
         return None if name is None else QUANT_TYPES[name]
 
+    @property
+    def in_use(self) -> bool:
+        """Whether somebody has acquired it."""
+        return self._users > 0
+
     def acquire(self) -> bool:
         """Protect all blobs of the model until `release`. False if the manifest was replaced or removed before.
 

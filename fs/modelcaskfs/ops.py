@@ -129,6 +129,9 @@ class Adapter:
             raise OSError(errno.EISDIR, "not a file")
         if info.contents.flags & os.O_ACCMODE != os.O_RDONLY:
             raise OSError(errno.EROFS, "read-only filesystem")
+        if not node.model.in_use:
+            # What is open of its blobs for other models may have been quarantined and stored anew since.
+            self._reader.forget(node.model.stored.manifest.blobs())
         if not node.model.acquire():
             # The name now means another model; ESTALE makes the kernel look it up again.
             raise OSError(errno.ESTALE, "the model was replaced")

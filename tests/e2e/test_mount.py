@@ -207,9 +207,20 @@ def test_space_comes_back_after_gc_of_what_was_read(cask: CommandLine, mount: Mo
     assert not [path for path in held if "/blobs/sha256-" in path]
 
 
-def test_a_blob_that_was_healed_is_read_healed(cask: CommandLine, mount: Mount, tmp_path: Path) -> None:
+def is_unreadable(path: Path) -> bool:
+    try:
+        path.read_bytes()
+    except OSError as error:
+        return error.errno == errno.EIO
+    return False
+
+
+def test_a_damaged_blob_is_not_read_after_verify_and_is_read_whole_after_healing(
+    cask: CommandLine, mount: Mount, tmp_path: Path
+) -> None:
     folder = write_model(tmp_path / "m")
-    cask("import", folder)
+    for name in ("m", "other"):
+        cask("import", folder, "--name", name)
     layers = cask("show", "m", "--json").json["layers"]
     digest = next(layer["digest"] for layer in layers if layer["name"] == "transformer/blocks.3.weight")
     victim = cask.store / "blobs" / digest.replace(":", "-")
@@ -217,9 +228,14 @@ def test_a_blob_that_was_healed_is_read_healed(cask: CommandLine, mount: Mount, 
     victim.write_bytes(victim.read_bytes()[:-1] + b"?")
     shard = mount() / "diffusers/library/m/latest/transformer/diffusion_pytorch_model.safetensors"
     whole = (folder / "transformer" / shard.name).read_bytes()
+    other = shard.parents[3] / "other/latest" / shard.parent.name / shard.name  # another model of the same blobs
     assert shard.read_bytes() != whole
+    assert other.read_bytes() != whole
     assert len(cask("verify", "--json", status=1).json["corrupt"]) == 1
+    for path in (shard, other):
+        wait_for(lambda path=path: is_unreadable(path), seconds=2)
     cask("import", folder)
+    wait_for(lambda: other.read_bytes() == whole, seconds=2)
     cask("verify")
     wait_for(lambda: shard.read_bytes() == whole, seconds=2)
 
