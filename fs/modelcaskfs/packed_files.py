@@ -91,8 +91,19 @@ def component_tensors(model: ModelFolder, component: str) -> list[StoredTensor]:
     ]
 
 
+def _unpacked(model: ModelFolder, header: Layer, unpack: Unpack) -> Iterator[PackedTensor]:
+    """The tensors of a rewritten shard. One whose parts' names other tensors have already stays as dropped."""
+    component = PurePosixPath(header.name).parent
+    for tensor in model.stored_tensors(header):
+        parts = list(unpack(tensor))
+        added = (part.name for part in parts if part.name != tensor.entry.name)
+        if any(f"{component}/{name}" in model.tensors for name in added):
+            parts = [stored_as_dropped(tensor)]
+        yield from parts
+
+
 def _shard(model: ModelFolder, header: Layer, unpack: Unpack, file_format: str) -> SpanFile:
-    tensors = [packed for tensor in model.stored_tensors(header) for packed in unpack(tensor)]
+    tensors = list(_unpacked(model, header, unpack))
     entries, end = [], 0
     for tensor in tensors:
         entries.append(TensorEntry(tensor.name, tensor.dtype, tensor.shape, end, end + tensor.nbytes))
@@ -118,10 +129,9 @@ def _shard_index(model: ModelFolder, layer: Layer, unpack: Unpack) -> SpanFile:
     for header in model.stored.manifest.of_type(HEADER_TYPE):
         path = PurePosixPath(header.name)
         if path.parent == component and path.name in listed:
-            for tensor in model.stored_tensors(header):
-                for packed in unpack(tensor):
-                    weight_map[packed.name] = path.name
-                    total += packed.nbytes
+            for packed in _unpacked(model, header, unpack):
+                weight_map[packed.name] = path.name
+                total += packed.nbytes
     return _json({**fields, "metadata": {"total_size": total}, "weight_map": weight_map})
 
 

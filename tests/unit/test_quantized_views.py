@@ -91,6 +91,25 @@ def test_packed_views_have_valid_headers_over_the_blobs_bytes(
     assert weight_map == found
 
 
+def test_a_tensor_whose_parts_names_are_taken_stays_as_dropped(store: Store, tmp_path: Path) -> None:
+    folder = write_model(tmp_path / "m")
+    weights = {name: tensor(name, 64, 64) for name in ("x.weight", "y.weight")}
+    taken = {name: tensor(name, 3) for name in ("x.scales", "x.scale")}
+    write_component(folder / "transformer", [weights, taken], stem="diffusion_pytorch_model")
+    (folder / "transformer" / "diffusion_pytorch_model.safetensors").unlink()
+    import_folder(store, folder, quantize="int4")
+    for view, added in (("mlx", {"y.scales", "y.biases"}), ("sdnq", {"y.scale", "y.zero_point"})):
+        names_ = {
+            name: fields["dtype"]
+            for path, shard in shards(store, view, "library/m/int4").items()
+            if path.startswith("transformer/")
+            for name, fields in header_and_data(shard)[0].items()
+            if name != "__metadata__"
+        }
+        assert set(names_) == {*weights, *taken, *added}
+        assert names_["x.weight"] == "BF16"
+
+
 def test_configs_of_quantized_components_say_so_and_others_stay(store: Store, tmp_path: Path) -> None:
     folder = write_model(tmp_path / "m")
     write_component(folder / "transformer", [{"x.weight": tensor("x", 64, 64)}], stem="diffusion_pytorch_model")
