@@ -182,6 +182,13 @@ def test_the_error_is_what_dequantizing_shows(store: Store, tmp_path: Path, qtyp
     assert [part.error for part in parts_ if part.name == "transformer"] == [pytest.approx(expected, rel=1e-9)]
 
 
+def test_the_fingerprint_of_every_blob_is_its_own(store: Store, vector_model: Path) -> None:
+    for qtype in ("int4", "nvfp4"):
+        quantized(store, vector_model, qtype)
+    paths = {path.name: xxhash.xxh3_64_intdigest(path.read_bytes()) for path in store.blobs.directory.iterdir()}
+    assert {digest.blob_name: xxh3 for digest, xxh3 in store.index.fingerprints().items()} == paths
+
+
 def test_every_tensor_is_quantized_or_says_why_not(store: Store, vector_model: Path) -> None:
     quantized(store, vector_model, "int8")
     for component, found in facts.tensors(store, store.manifests.read(ModelName.parse("model:int8"))).items():
