@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import xxhash
 
 from folders import raw_shard, tensor, write_component, write_model
 from modelcask import facts, range_store
