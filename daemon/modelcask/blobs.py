@@ -24,6 +24,8 @@ from modelcask.leases import Lease
 # write. Files: a flush waits for the renames of its batch only.
 _BATCH_BYTES = 1 << 30
 _BATCH_FILES = 4096
+# Files that wait for their write-back to be started; each keeps a descriptor.
+_WRITEBACK_FILES = 64
 
 
 class BlobStore:
@@ -112,6 +114,7 @@ class Ingestion:
         self._count = 0
         # Starting write-back waits where the disk's queue is full, up to a third of a second; hashing need not.
         self._writeback = ThreadPoolExecutor(1, "writeback")
+        self._writeback_queue = threading.BoundedSemaphore(_WRITEBACK_FILES)
 
     def has(self, digest: Digest, size: int) -> bool:
         """Whether the blob exists or is staged, with the right size. It stays while the lease is held."""
@@ -129,7 +132,15 @@ class Ingestion:
 
     def finish_writing(self, fd: int) -> None:
         """Take over a descriptor whose file is complete, or was given up: closes it, soon."""
-        self._writeback.submit(_start_writeback_and_close, fd)
+        self._writeback_queue.acquire()
+        self._writeback.submit(self._start_writeback_and_close, fd)
+
+    def _start_writeback_and_close(self, fd: int) -> None:
+        try:
+            durable.start_writeback(fd)
+        finally:
+            os.close(fd)
+            self._writeback_queue.release()
 
     def stage(self, temporary: Path, digest: Digest, size: int) -> bool:
         """Hand over a complete temporary file. Whether it is new; if not, the file is removed.
@@ -199,10 +210,3 @@ class Ingestion:
         """Remove all that is left in the temporary folder, and the folder."""
         self._writeback.shutdown()
         shutil.rmtree(self._temporary)
-
-
-def _start_writeback_and_close(fd: int) -> None:
-    try:
-        durable.start_writeback(fd)
-    finally:
-        os.close(fd)

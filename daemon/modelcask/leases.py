@@ -13,6 +13,7 @@ from __future__ import annotations
 import fcntl
 import os
 import threading
+import time
 from collections.abc import Container, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ from modelcask.errors import InvalidDigest, ModelcaskError
 
 _GATE = "gate"
 _SOLE = "watch"
+_SOLE_TRIES, _SOLE_WAIT = 10, 0.05
 # The kind of a lease that protects every blob: for a holder that cannot write down which it needs.
 EVERYTHING = "everything"
 
@@ -143,14 +145,19 @@ class SoleLease:
     def __init__(self, directory: Path) -> None:
         """Raises `LeaseTaken`, with the other's process id, if another process holds it."""
         self._fd = os.open(directory / _SOLE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-        try:
-            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            holder = _read_pid(self._fd)
-            os.close(self._fd)
-            raise LeaseTaken(directory / _SOLE, holder) from None
-        os.truncate(self._fd, 0)
-        os.pwrite(self._fd, str(os.getpid()).encode(), 0)
+        for patience in range(_SOLE_TRIES, -1, -1):
+            try:
+                fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                # Who only looks whether it is held, holds it for an instant.
+                if patience:
+                    time.sleep(_SOLE_WAIT)
+                    continue
+                holder = _read_pid(self._fd)
+                os.close(self._fd)
+                raise LeaseTaken(directory / _SOLE, holder) from None
+        os.pwrite(self._fd, f"{os.getpid():<20}".encode(), 0)
 
     def __enter__(self) -> SoleLease:
         return self

@@ -5,7 +5,7 @@ The JSON is the Docker v2 schema as upstream writes it; see DESIGN.md, "Manifest
 
 from __future__ import annotations
 
-import contextlib
+import logging
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -28,6 +28,11 @@ HEADER_TYPE = "application/vnd.modelcask.safetensors.header"
 REPORT_TYPE = "application/vnd.modelcask.quantization"
 
 MODEL_INDEX = "model_index.json"
+
+_TRIES = 10
+
+
+log = logging.getLogger("modelcask")
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,19 +196,30 @@ class ManifestStore:
             unchanged = path.read_bytes() == data
         except FileNotFoundError:
             unchanged = False
-        while not unchanged:
+        if not unchanged:
+            self._write(path, data, temporary)
+        return Digest.of(data)
+
+    def _write(self, path: Path, data: bytes, temporary: Path) -> None:
+        for _ in range(_TRIES):
             durable.make_directory(path.parent)
             try:
                 durable.write_file(path, data, temporary=temporary, mode=0o644)
-                break
+                return
             except FileNotFoundError:
-                continue  # who removed the last other tag removed the directory, too
-        return Digest.of(data)
+                if path.parent.exists():
+                    raise
+                # Who removed the last other tag removed the directory, too.
+        raise InvalidManifest(path, "its directory vanishes again and again")
 
     def renew(self, stored: StoredManifest) -> None:
         """Give the manifest's file another version, its bytes unchanged: mounts show the model anew."""
-        with contextlib.suppress(FileNotFoundError):  # removed meanwhile
+        try:
             os.utime(stored.path)
+        except FileNotFoundError:
+            pass  # removed meanwhile
+        except OSError as error:
+            log.warning("%s: cannot be touched (%s), mounts may show it as it was", stored.path, error.strerror)
 
     def remove(self, name: ModelName) -> None:
         """Remove the manifest of `name`, durably, and the directories this leaves empty.
@@ -252,8 +268,8 @@ class ManifestStore:
         """Whether the manifest at `parts` has a layer of `media_type`; found in its text, which is not parsed."""
         try:
             return f'"mediaType":"{media_type}"'.encode() in self._root.joinpath(*parts).read_bytes()
-        except FileNotFoundError:
-            return False
+        except OSError:
+            return False  # gone, or not ours to read: looking the model up will tell
 
     def stat(self, *parts: str) -> os.stat_result | None:
         """The stat of a file or directory below `manifests/`, None where it is missing."""

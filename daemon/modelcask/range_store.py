@@ -291,7 +291,14 @@ class _QuantizedFile(_Temporary):
         self._deviation = kernels.Deviation()
         self._sha = hashlib.sha256(layout.header)
         self._ends = [layout.offset(part) for part in range(len(layout.parts))]
-        self.append(layout.header)
+
+    def __enter__(self) -> Self:
+        try:
+            self.append(self._layout.header)
+        except BaseException as error:
+            self.__exit__(type(error), error, error.__traceback__)
+            raise
+        return self
 
     def add(self, piece: memoryview) -> None:
         """Quantize the next piece, a whole number of groups, and write its parts to their places."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -63,9 +64,9 @@ def look(path: Path, *, namespace: str | None, quantize: str | None = None) -> L
         return Look("", None, str(error))
     except OSError as error:
         return Look("", None, disk_error(error))
-    if download := _download_under_way(path, folder):
-        return Look(fingerprint, None, f"{download}: a download is under way")
     try:
+        if download := _download_under_way(path, folder):
+            return Look(fingerprint, None, f"{download}: a download is under way")
         plan = plan_import(folder, namespace=namespace, quantize=quantize)
         if half := _half_written_json(folder):
             return Look(fingerprint, None, f"{half.host}: is no JSON yet")
@@ -114,10 +115,13 @@ def _download_under_way(root: Path, folder: SourceFolder) -> Path | None:
 def _is_locked(path: Path) -> bool:
     """Whether a process holds the lock file: huggingface_hub leaves it behind when the download is done."""
     try:
-        with path.open("rb") as file:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
+        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # a FIFO must not make us wait
     except FileNotFoundError:
         return False
+    try:
+        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(fd)
     return False

@@ -106,7 +106,7 @@ def verify(
     reading = _Reading(store, fingerprints, report, stop, sum(present.values()))
     corrupt = reading.corrupt_among(sorted(present))
     set_aside = tuple(damage(digest, _quarantine(store, digest, found)) for digest, found in sorted(corrupt.items()))
-    for stored in manifests:
+    for stored in _all_manifests(store)[0]:
         # What a mount or the kernel has read of the damaged bytes must not be shown again.
         if not corrupt.keys().isdisjoint(stored.manifest.blobs()):
             store.manifests.renew(stored)
@@ -155,10 +155,9 @@ class _Reading:
     def _damaged(self, digest: Digest) -> os.stat_result | None:
         """The blob's stat if it is corrupt. One that cannot be read is."""
         path = self._store.blobs.path(digest)
-        status = None
         try:
+            status = path.stat()
             with path.open("rb", buffering=0) as file:
-                status = os.fstat(file.fileno())
                 known = self._fingerprints.get(digest)
                 # A fingerprint that differs may itself be wrong; sha256 decides.
                 if known is not None and self._hash(file, xxhash.xxh3_64()) == known.to_bytes(8).hex():

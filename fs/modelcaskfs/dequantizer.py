@@ -19,8 +19,10 @@ from modelcaskfs.spans import BlobRange, DequantizedTensor
 
 # Bytes of a chunk: about a millisecond of work; a whole number of groups of every type and dtype.
 _CHUNK = 2 << 20
-_CACHED_CHUNKS = 32
+_CACHED_CHUNKS = 48
 _AHEAD = 2
+# Chunks begun ahead that nobody has read yet; more streams than these serve go without, and evict nobody's chunk.
+_UNREAD_CHUNKS = 16
 # Smaller reads are random ones: the kernel's read-ahead asks for 128 KiB at a time.
 _STREAM = 64 << 10
 
@@ -34,6 +36,7 @@ class Dequantizer:
         self._blobs = blobs
         self._lock = threading.Lock()
         self._chunks: OrderedDict[_Key, Future[memoryview]] = OrderedDict()
+        self._unread: set[_Key] = set()
         self._pool = ThreadPoolExecutor(os.cpu_count() or 2, "dequantize")
 
     def read(self, tensor: DequantizedTensor, skip: int, target: memoryview, *, wait: bool) -> bool:
@@ -61,6 +64,7 @@ class Dequantizer:
         with self._lock:
             for key in [key for key in self._chunks if key[0] in gone]:
                 del self._chunks[key]
+                self._unread.discard(key)
 
     def close(self) -> None:
         """End the threads."""
@@ -84,14 +88,19 @@ class Dequantizer:
         """The chunk, begun if it was not; so are those that follow it."""
         size = _tensor_bytes(tensor)
         with self._lock:
-            for ahead in range(number + _AHEAD, number - 1, -1):
-                key = (tensor.digest, ahead)
-                if ahead * _CHUNK < size and key not in self._chunks:
-                    self._chunks[key] = self._pool.submit(self._whole_chunk, tensor, ahead)
-            self._chunks.move_to_end((tensor.digest, number))
-            chunk = self._chunks[tensor.digest, number]
+            for each in range(number, number + _AHEAD + 1):
+                key = (tensor.digest, each)
+                wanted = each == number or (each * _CHUNK < size and len(self._unread) < _UNREAD_CHUNKS)
+                if wanted and key not in self._chunks:
+                    self._chunks[key] = self._pool.submit(self._whole_chunk, tensor, each)
+                    self._unread.add(key)
+            key = (tensor.digest, number)
+            self._unread.discard(key)
+            self._chunks.move_to_end(key)
+            chunk = self._chunks[key]
             while len(self._chunks) > _CACHED_CHUNKS:
-                self._chunks.popitem(last=False)
+                evicted, _ = self._chunks.popitem(last=False)
+                self._unread.discard(evicted)
         return chunk
 
     def _whole_chunk(self, tensor: DequantizedTensor, number: int) -> memoryview:
@@ -102,6 +111,7 @@ class Dequantizer:
         except BaseException:
             with self._lock:  # an error is told to who waits now, and tried again for who comes later
                 self._chunks.pop((tensor.digest, number), None)
+                self._unread.discard((tensor.digest, number))
             raise
 
     def _dequantized(self, tensor: DequantizedTensor, first: int, last: int) -> memoryview:

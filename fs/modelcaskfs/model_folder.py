@@ -9,7 +9,7 @@ import errno
 import logging
 import struct
 import threading
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -133,7 +133,7 @@ class ModelFolder:
         stored = []
         for entry in self._layout(header).tensors:
             layers = self.tensors.get(f"{component}/{entry.name}", [])
-            number = self._earlier_shards_with(header, component, entry.name) if len(layers) > 1 else 0
+            number = self._numbers[header.name, f"{component}/{entry.name}"] if len(layers) > 1 else 0
             if number >= len(layers):
                 raise InvalidManifest(self.stored.path, f"{header.name}: no layer for its tensor {entry.name!r}")
             layout = stored_layout(component, entry, layers[number].size, self.qtype)
@@ -212,15 +212,18 @@ class ModelFolder:
         spans += [(tensor.as_dropped, tensor.entry.nbytes) for tensor in self.stored_tensors(header)]
         return SpanFile(spans)
 
-    def _earlier_shards_with(self, header: Layer, component: str, tensor: str) -> int:
-        """How many shards before `header`'s in the manifest's order hold a tensor of this name."""
-        count = 0
-        for other in self.stored.manifest.of_type(HEADER_TYPE):
-            if other.name == header.name:
-                break
-            if str(PurePosixPath(other.name).parent) == component:
-                count += any(entry.name == tensor for entry in self._layout(other).tensors)
-        return count
+    @cached_property
+    def _numbers(self) -> dict[tuple[str, str], int]:
+        """Of tensors whose name stands in several shards of a component: by shard and name, which layer is theirs."""
+        several = {name for name, layers in self.tensors.items() if len(layers) > 1}
+        numbers: dict[tuple[str, str], int] = {}
+        seen: Counter[str] = Counter()
+        for header in self.stored.manifest.of_type(HEADER_TYPE):
+            component = str(PurePosixPath(header.name).parent)
+            for name in several & {f"{component}/{entry.name}" for entry in self._layout(header).tensors}:
+                numbers[header.name, name] = seen[name]
+                seen[name] += 1
+        return numbers
 
     def _layout(self, header: Layer) -> ShardLayout:
         return parse_header(self._blobs.read(header.digest, header.size), self._blobs.path(header.digest))

@@ -76,6 +76,15 @@ def test_a_model_is_found_in_another_case_than_it_was_stored(store: Store, tmp_p
     assert str(store.manifests.read(ModelName.parse("org/flux:fp16")).name) == "Org/Flux:FP16"
 
 
+def test_a_dangling_symlink_in_place_of_a_models_directory_is_an_error(store: Store, tmp_path: Path) -> None:
+    library = store.root / "manifests/registry.ollama.ai/library"
+    library.mkdir(parents=True)
+    (library / "m").symlink_to("nowhere/at/all")
+    with pytest.raises((InvalidManifest, OSError)):
+        import_folder(store, write_model(tmp_path / "m"))
+    assert list((store.root / "tmp").iterdir()) == []
+
+
 def test_a_path_through_a_manifest_is_no_model(store: Store, tmp_path: Path) -> None:
     import_folder(store, write_model(tmp_path / "m"))
     (store.root / "manifests/registry.ollama.ai/library/m/folder").mkdir()

@@ -64,6 +64,14 @@ def test_a_hub_download_under_way_is_waited_for(tmp_path: Path, name: str) -> No
     assert (missing(folder) is None) == name.endswith(".lock")
 
 
+def test_odd_things_among_the_hubs_locks_neither_fail_nor_hang(tmp_path: Path) -> None:
+    folder = write_model(tmp_path / "m")
+    downloads = folder / ".cache/huggingface/download"
+    (downloads / "x.lock").mkdir(parents=True)
+    os.mkfifo(downloads / "y.lock")
+    assert missing(folder) is None
+
+
 def test_the_fingerprint_changes_with_any_file(tmp_path: Path) -> None:
     folder = write_model(tmp_path / "m")
     fingerprints = {settle.look(folder, namespace=None).fingerprint}

@@ -6,11 +6,13 @@ from pathlib import Path, PurePosixPath
 
 import pytest
 
-from folders import files_of, raw_shard, write_model
+from folders import files_of, raw_shard, shard_bytes, tensor, write_model
 from modelcask.errors import CorruptBlob, InvalidManifest
 from modelcask.manifests import FILE_TYPE, Layer, Manifest
 from modelcask.names import ModelName
+from modelcask.safetensors_layout import ShardLayout
 from modelcask.store import Store
+from modelcaskfs import model_folder
 from modelcaskfs.views import FileNode, LinkNode, Tree
 from running import import_folder
 from trees import content, find, names, walk
@@ -116,6 +118,27 @@ def test_tensors_of_the_same_name_in_two_shards_keep_their_own_bytes(store: Stor
         node = find(tree, f"diffusers/library/m/latest/vae/{name}")
         assert node is not None
         assert content(store, node) == (folder / "vae" / name).read_bytes()
+
+
+def test_many_tensors_of_the_same_names_in_two_shards_cost_no_more_than_others(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = write_model(tmp_path / "m")
+    for name in ("a.safetensors", "b.safetensors"):
+        (folder / "vae" / name).write_bytes(shard_bytes({f"w{n}": tensor(name, 1) for n in range(200)}))
+    import_folder(store, folder)
+    parsed: list[str] = []
+    parse = model_folder.parse_header
+
+    def counting(header: bytes, where: Path) -> ShardLayout:
+        parsed.append(where.name)
+        return parse(header, where)
+
+    monkeypatch.setattr(model_folder, "parse_header", counting)
+    node = find(Tree(store), "diffusers/library/m/latest/vae/b.safetensors")
+    assert node is not None
+    assert content(store, node) == (folder / "vae" / "b.safetensors").read_bytes()
+    assert len(parsed) <= 10
 
 
 def test_a_manifest_that_names_paths_outside_its_folder_is_refused(store: Store, tmp_path: Path) -> None:

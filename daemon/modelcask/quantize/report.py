@@ -37,7 +37,9 @@ class QuantizationReport:
             fields = strict_json(data)
             qtype = QUANT_TYPES[fields["quant_type"]]
             costs = {name: (float(error), float(norm)) for name, (error, norm) in fields["tensors"].items()}
-        except (KeyError, ValueError, TypeError, AttributeError) as error:
+            if not all(0 <= number < math.inf for cost in costs.values() for number in cost):
+                raise ValueError("a sum of squares that is none")
+        except (KeyError, ValueError, TypeError, AttributeError, OverflowError) as error:
             raise InvalidManifest(where, f"its quantization report cannot be read: {error!r}") from None
         return cls(qtype, costs)
 
