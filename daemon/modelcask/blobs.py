@@ -12,7 +12,6 @@ import shutil
 import threading
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 
 from modelcask import durable
@@ -83,14 +82,6 @@ class BlobStore:
                     continue  # not ours, or removed meanwhile
 
 
-@dataclass(frozen=True, slots=True)
-class Staged:
-    """A temporary file whose bytes are complete."""
-
-    temporary: Path
-    size: int
-
-
 class Ingestion:
     """Adds blobs under one lease. Threads may share it.
 
@@ -108,7 +99,7 @@ class Ingestion:
         self._lease = lease
         self._lock = threading.Lock()
         self._flushing = threading.Lock()
-        self._staged: dict[Digest, Staged] = {}
+        self._staged: dict[Digest, Path] = {}
         self._staged_bytes = 0
         self._added: set[Digest] = set()
         self._count = 0
@@ -123,9 +114,7 @@ class Ingestion:
 
     def create_temporary(self) -> tuple[int, Path]:
         """A new file to write a blob's bytes to: its descriptor, for `finish_writing`, and its path."""
-        with self._lock:
-            self._count += 1
-            path = self._temporary / str(self._count)
+        path = self.temporary_name()
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         os.fchmod(fd, 0o444)
         return fd, path
@@ -155,7 +144,7 @@ class Ingestion:
                 temporary.unlink()
                 return False
             self._added.add(digest)
-            self._staged[digest] = Staged(temporary, size)
+            self._staged[digest] = temporary
             self._staged_bytes += size
             full = self._staged_bytes >= _BATCH_BYTES or len(self._staged) >= _BATCH_FILES
         if full:
@@ -197,11 +186,11 @@ class Ingestion:
                 batch, self._staged, self._staged_bytes = self._staged, {}, 0
             if batch:
                 durable.sync_filesystem(self._temporary)
-                pairs = [(staged.temporary, self._blobs.path(digest)) for digest, staged in batch.items()]
+                pairs = [(temporary, self._blobs.path(digest)) for digest, temporary in batch.items()]
                 durable.publish_flushed(pairs, self._blobs.directory)
 
     def temporary_name(self) -> Path:
-        """A name for a temporary file that is not a blob's."""
+        """A name for a temporary file that nobody else has."""
         with self._lock:
             self._count += 1
             return self._temporary / str(self._count)

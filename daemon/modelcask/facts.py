@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from dataclasses import dataclass
-from pathlib import PurePosixPath
 from typing import Any
 
 from modelcask.digest import Digest
@@ -120,21 +119,17 @@ def summarize(store: Store, stored: StoredManifest) -> Summary:
 def tensors(store: Store, stored: StoredManifest) -> dict[str, list[TensorFacts]]:
     """The facts of each tensor by component, read from the shards' headers. Raises as reading those does."""
     report = quantization_report(store, stored)
-    found: dict[str, list[TensorFacts]] = defaultdict(list)
-    for header in stored.manifest.of_type(HEADER_TYPE):
-        component = str(PurePosixPath(header.name).parent)
-        found[component] += [_tensor(component, entry, report) for entry in _entries(store, header)]
-    return dict(found)
+    return {
+        component: [_tensor(component, entry, report) for entry in entries]
+        for component, entries in _entries(store, stored).items()
+    }
 
 
 def components(store: Store, stored: StoredManifest) -> list[ComponentFacts]:
     """The facts of each component. Raises as `tensors` does."""
     report = quantization_report(store, stored)
     sizes = {layer.name: layer.size for layer in stored.manifest.of_type(TENSOR_TYPE)}
-    entries: dict[str, list[TensorEntry]] = defaultdict(list)
-    for header in stored.manifest.of_type(HEADER_TYPE):
-        entries[str(PurePosixPath(header.name).parent)] += _entries(store, header)
-    return [_component(name, found, sizes, report) for name, found in entries.items()]
+    return [_component(name, entries, sizes, report) for name, entries in _entries(store, stored).items()]
 
 
 def quantization_report(store: Store, stored: StoredManifest) -> QuantizationReport | None:
@@ -189,8 +184,12 @@ def _why_kept(component: str, entry: TensorEntry, report: QuantizationReport) ->
     return eligible(component, entry.name, entry.dtype, entry.shape, report.qtype) or "not quantized"
 
 
-def _entries(store: Store, header: Layer) -> tuple[TensorEntry, ...]:
-    return parse_header(_read(store, header), store.blobs.path(header.digest)).tensors
+def _entries(store: Store, stored: StoredManifest) -> dict[str, list[TensorEntry]]:
+    """The tensors of each component, as the headers of its shards list them."""
+    entries: dict[str, list[TensorEntry]] = defaultdict(list)
+    for header in stored.manifest.of_type(HEADER_TYPE):
+        entries[header.folder] += parse_header(_read(store, header), store.blobs.path(header.digest)).tensors
+    return dict(entries)
 
 
 def _read(store: Store, layer: Layer) -> bytes:

@@ -48,6 +48,11 @@ class Layer:
     size: int
     name: str = ""
 
+    @property
+    def folder(self) -> str:
+        """The folder that the path `name` lies in: of a shard, its component."""
+        return self.name.rpartition("/")[0]
+
     def to_json(self) -> dict[str, Any]:
         fields = {"mediaType": self.media_type, "digest": str(self.digest), "size": self.size}
         return {**fields, "name": self.name} if self.name else fields
@@ -117,8 +122,8 @@ class Manifest:
     @property
     def components(self) -> list[str]:
         """The components that have weights, in the order of the layers."""
-        if headers := [layer.name for layer in self.of_type(HEADER_TYPE)]:
-            return list(dict.fromkeys(name.rpartition("/")[0] for name in headers))
+        if headers := list(self.of_type(HEADER_TYPE)):
+            return list(dict.fromkeys(header.folder for header in headers))
         return list(dict.fromkeys(layer.name.partition("/")[0] for layer in self.of_type(TENSOR_TYPE)))
 
 

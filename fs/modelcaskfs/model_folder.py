@@ -129,14 +129,14 @@ class ModelFolder:
 
     def stored_tensors(self, header: Layer) -> list[StoredTensor]:
         """The tensors of a shard, by offset, with the blobs they lie in. Raises as `content` does."""
-        component = str(PurePosixPath(header.name).parent)
         stored = []
         for entry in self._layout(header).tensors:
-            layers = self.tensors.get(f"{component}/{entry.name}", [])
-            number = self._numbers[header.name, f"{component}/{entry.name}"] if len(layers) > 1 else 0
+            name = f"{header.folder}/{entry.name}"
+            layers = self.tensors.get(name, [])
+            number = self._numbers[header.name, name] if len(layers) > 1 else 0
             if number >= len(layers):
                 raise InvalidManifest(self.stored.path, f"{header.name}: no layer for its tensor {entry.name!r}")
-            layout = stored_layout(component, entry, layers[number].size, self.qtype)
+            layout = stored_layout(header.folder, entry, layers[number].size, self.qtype)
             if layout is None:
                 raise InvalidManifest(self.stored.path, f"{header.name}: the layer of {entry.name!r} does not fit it")
             stored.append(StoredTensor(entry, layers[number], layout))
@@ -219,8 +219,7 @@ class ModelFolder:
         numbers: dict[tuple[str, str], int] = {}
         seen: Counter[str] = Counter()
         for header in self.stored.manifest.of_type(HEADER_TYPE):
-            component = str(PurePosixPath(header.name).parent)
-            for name in several & {f"{component}/{entry.name}" for entry in self._layout(header).tensors}:
+            for name in several & {f"{header.folder}/{entry.name}" for entry in self._layout(header).tensors}:
                 numbers[header.name, name] = seen[name]
                 seen[name] += 1
         return numbers

@@ -50,9 +50,8 @@ def packed_leaves(
         configure: what a quantized component's config.json says in addition to what it says.
         file_format: `format` in the headers' metadata.
     """
-    components = {str(PurePosixPath(layer.name).parent) for layer in model.stored.manifest.of_type(HEADER_TYPE)}
+    components = set(model.stored.manifest.components)
     for path, layer in model.files.items():
-        component = str(path.parent)
         key = f"{view}/{layer.name}"
 
         def later(build: Callable[[ModelFolder, Layer], SpanFile], key: str = key, layer: Layer = layer) -> Generated:
@@ -60,9 +59,9 @@ def packed_leaves(
 
         if layer.media_type == HEADER_TYPE:
             yield path, later(lambda model, layer: _shard(model, layer, unpack, file_format))
-        elif component in components and path.name == "config.json":
+        elif layer.folder in components and path.name == "config.json":
             yield path, later(lambda model, layer: _config(model, layer, configure))
-        elif component in components and path.name.endswith(".index.json") and ".safetensors." in path.name:
+        elif layer.folder in components and path.name.endswith(".index.json") and ".safetensors." in path.name:
             yield path, later(lambda model, layer: _shard_index(model, layer, unpack))
         else:
             yield path, layer
@@ -86,18 +85,17 @@ def component_tensors(model: ModelFolder, component: str) -> list[StoredTensor]:
     return [
         tensor
         for header in model.stored.manifest.of_type(HEADER_TYPE)
-        if str(PurePosixPath(header.name).parent) == component
+        if header.folder == component
         for tensor in model.stored_tensors(header)
     ]
 
 
 def _unpacked(model: ModelFolder, header: Layer, unpack: Unpack) -> Iterator[PackedTensor]:
     """The tensors of a rewritten shard. One whose parts' names other tensors have already stays as dropped."""
-    component = PurePosixPath(header.name).parent
     for tensor in model.stored_tensors(header):
         parts = list(unpack(tensor))
         added = (part.name for part in parts if part.name != tensor.entry.name)
-        if any(f"{component}/{name}" in model.tensors for name in added):
+        if any(f"{header.folder}/{name}" in model.tensors for name in added):
             parts = [stored_as_dropped(tensor)]
         yield from parts
 
@@ -113,7 +111,7 @@ def _shard(model: ModelFolder, header: Layer, unpack: Unpack, file_format: str) 
 
 
 def _config(model: ModelFolder, layer: Layer, configure: Configure) -> SpanFile:
-    tensors = component_tensors(model, str(PurePosixPath(layer.name).parent))
+    tensors = component_tensors(model, layer.folder)
     if all(isinstance(tensor.layout, bytes) for tensor in tensors):
         return model.content(layer)  # nothing of it is quantized
     fields = _parsed(model, layer)
@@ -124,11 +122,10 @@ def _config(model: ModelFolder, layer: Layer, configure: Configure) -> SpanFile:
 def _shard_index(model: ModelFolder, layer: Layer, unpack: Unpack) -> SpanFile:
     fields = _parsed(model, layer)
     weight_map, total = {}, 0
-    component = PurePosixPath(layer.name).parent
     listed = fields.get("weight_map", {}).values()
     for header in model.stored.manifest.of_type(HEADER_TYPE):
         path = PurePosixPath(header.name)
-        if path.parent == component and path.name in listed:
+        if header.folder == layer.folder and path.name in listed:
             for packed in _unpacked(model, header, unpack):
                 weight_map[packed.name] = path.name
                 total += packed.nbytes
