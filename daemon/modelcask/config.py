@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 from modelcask.errors import InvalidConfig, InvalidName
 from modelcask.names import ModelName
+from modelcask.notify import Notifier
 from modelcask.quantize import QUANT_TYPES
 
 After = Literal["keep", "delete"]
@@ -27,21 +28,32 @@ class DropDirectory:
         quantize: the type all its models are quantized to, None for none.
         namespace: of the models' names, None for the default.
         after: what happens to a drop that was imported.
+        delete_quantized: whether `after = "delete"` holds for quantized imports, too, which lose something.
+        polling: whether it is looked at now and then instead of waiting for events; None: by its filesystem's type.
     """
 
     path: Path
     quantize: str | None = None
     namespace: str | None = None
     after: After = "keep"
+    delete_quantized: bool = False
+    polling: bool | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Config:
-    """The effective configuration."""
+    """The effective configuration.
+
+    Attributes:
+        parallel: how many imports at once, None: as many as serve the disk.
+        stuck_after: seconds without progress after which a settling drop counts as stuck.
+    """
 
     store: Path
     mount: Path
     drops: tuple[DropDirectory, ...]
+    parallel: int | None = None
+    stuck_after: float = 600.0
 
 
 def default_path() -> Path:
@@ -70,7 +82,11 @@ def load(path: Path | None = None) -> Config:
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise InvalidConfig(where, f"is no TOML: {error}") from None
     reader = _Reader(where)
-    reader.only(fields, {"store", "mount", "drop"}, "")
+    reader.only(fields, {"store", "mount", "drop", "watch"}, "")
+    watch = fields.get("watch", {})
+    if not isinstance(watch, dict):
+        raise InvalidConfig(where, "watch: write a [watch] table")
+    reader.only(watch, {"parallel", "stuck_after"}, "watch.")
     drops = fields.get("drop", [{"path": "~/imports"}])
     if not isinstance(drops, list) or not all(isinstance(drop, dict) for drop in drops):
         raise InvalidConfig(where, "drop: write [[drop]] tables")
@@ -78,7 +94,21 @@ def load(path: Path | None = None) -> Config:
         store=reader.path(fields, "store") or _xdg("XDG_DATA_HOME", ".local/share") / "modelcask",
         mount=reader.path(fields, "mount") or Path.home() / "models",
         drops=tuple(reader.drop(drop, number) for number, drop in enumerate(drops, 1)),
+        parallel=reader.parallel(watch),
+        stuck_after=reader.seconds(watch, "stuck_after", 600.0, "watch."),
     )
+
+
+def service_manager() -> tuple[Notifier, float | None]:
+    """How to tell the service manager that started this process, and its watchdog's interval in seconds.
+
+    Takes both out of the environment: they are not for the processes that this one starts.
+    """
+    address = os.environ.pop("NOTIFY_SOCKET", None)
+    microseconds, pid = os.environ.pop("WATCHDOG_USEC", ""), os.environ.pop("WATCHDOG_PID", None)
+    meant = pid is None or pid == str(os.getpid())
+    interval = int(microseconds) / 1e6 if meant and microseconds.isdecimal() else 0.0
+    return Notifier(address), interval or None
 
 
 class _Reader:
@@ -107,9 +137,29 @@ class _Reader:
             )
         return path
 
+    def parallel(self, fields: dict[str, Any]) -> int | None:
+        value = fields.get("parallel")
+        if value is None:
+            return None
+        if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= 16:
+            raise InvalidConfig(self._where, f"watch.parallel: {value!r} is not a number from 1 to 16")
+        return value
+
+    def seconds(self, fields: dict[str, Any], key: str, default: float, prefix: str) -> float:
+        value = fields.get(key, default)
+        if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < float("inf"):
+            raise InvalidConfig(self._where, f"{prefix}{key}: {value!r} is no number of seconds above 0")
+        return float(value)
+
+    def flag(self, fields: dict[str, Any], key: str, prefix: str) -> bool | None:
+        value = fields.get(key)
+        if value is not None and not isinstance(value, bool):
+            raise InvalidConfig(self._where, f"{prefix}{key}: {value!r} is neither true nor false")
+        return value
+
     def drop(self, fields: dict[str, Any], number: int) -> DropDirectory:
         prefix = f"drop {number}: "
-        self.only(fields, {"path", "quantize", "namespace", "after"}, prefix)
+        self.only(fields, {"path", "quantize", "namespace", "after", "delete_quantized", "polling"}, prefix)
         path = self.path(fields, "path", prefix)
         if path is None:
             raise InvalidConfig(self._where, f"{prefix}path is missing")
@@ -126,7 +176,8 @@ class _Reader:
                 ModelName.parse(f"{namespace}/name")
             except InvalidName as error:
                 raise InvalidConfig(self._where, f"{prefix}namespace: {error}") from None
-        return DropDirectory(path, quantize, namespace, after)
+        delete_quantized = self.flag(fields, "delete_quantized", prefix) or False
+        return DropDirectory(path, quantize, namespace, after, delete_quantized, self.flag(fields, "polling", prefix))
 
 
 def _xdg(variable: str, default: str) -> Path:

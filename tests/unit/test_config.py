@@ -49,7 +49,7 @@ def test_the_usual_file_is_found(home: Path) -> None:
     ("text", "reason"),
     [
         ("store = ", "is no TOML"),
-        ("stroe = '/x'", "stroe: no such key; allowed are drop, mount, store"),
+        ("stroe = '/x'", "stroe: no such key; allowed are drop, mount, store, watch"),
         ("store = 3", "store: write a path in quotes"),
         ("store = 'x'", "store: 'x' is relative"),
         ("drop = 3", r"write \[\[drop\]\] tables"),
@@ -61,6 +61,16 @@ def test_the_usual_file_is_found(home: Path) -> None:
         ("[[drop]]\npath = '/a'\nquantize = ['int4']", r"quantize: \['int4'\] is none of"),
         ("[[drop]]\npath = '/a'\nnamespace = 5", "namespace: write one name"),
         ("[[drop]]\npath = '/a'\nnamespace = 'a/b'", "namespace: write one name"),
+        (
+            "[[drop]]\npath = '/a'\ndelete_quantized = 'yes'",
+            "drop 1: delete_quantized: 'yes' is neither true nor false",
+        ),
+        ("[[drop]]\npath = '/a'\npolling = 1", "drop 1: polling: 1 is neither true nor false"),
+        ("watch = 3", r"watch: write a \[watch\] table"),
+        ("[watch]\nparallel = 17", "watch.parallel: 17 is not a number from 1 to 16"),
+        ("[watch]\nparallel = true", "watch.parallel: True is not a number"),
+        ("[watch]\nstuck_after = 0", "watch.stuck_after: 0 is no number of seconds above 0"),
+        ("[watch]\nx = 0", "watch.x: no such key; allowed are parallel, stuck_after"),
         ("[[drop]]\npath = '~nosuchuser/x'", "drop 1: path: "),
     ],
 )
