@@ -6,15 +6,18 @@ lost, all but the history is rebuilt by use.
 
 from __future__ import annotations
 
+import contextlib
+import os
 import sqlite3
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import quote
 
+from modelcask import durable
 from modelcask.digest import Digest
 from modelcask.errors import IndexFailed, printable
 
@@ -50,6 +53,13 @@ CREATE TABLE IF NOT EXISTS drops (
     total_bytes INTEGER NOT NULL,
     error TEXT,                         -- one line: why it settles still, or why it failed
     changed REAL NOT NULL               -- seconds since the epoch
+) WITHOUT ROWID;
+-- One row a drop that is being removed after its import: should that be interrupted, it goes on.
+CREATE TABLE IF NOT EXISTS removals (
+    path TEXT NOT NULL,                 -- absolute, of the drop
+    name TEXT NOT NULL,                 -- the model's name in full
+    manifest TEXT NOT NULL,             -- sha256:<hex>; of another manifest nothing is believed
+    PRIMARY KEY (path, name)
 ) WITHOUT ROWID;
 -- One row a manifest that was committed, for people to look back at.
 CREATE TABLE IF NOT EXISTS imports (
@@ -109,21 +119,37 @@ class Index:
         """
         self._path = path
         self._lock = threading.Lock()
+        if not read_only:
+            self._create()
         uri = f"file:{quote(str(path))}" + ("?mode=ro" if read_only else "")
         with self._using():
             self._db = sqlite3.connect(uri, uri=True, timeout=30, check_same_thread=False, isolation_level=None)
             try:
                 if not read_only:
-                    self._prepare()
+                    # WAL with NORMAL keeps the database whole through a power cut; lost rows cost a re-read.
+                    self._db.execute("PRAGMA synchronous=NORMAL")
+                    self._db.executescript(_SCHEMA)  # what an older version lacks
             except sqlite3.Error:
                 self._db.close()
                 raise
 
-    def _prepare(self) -> None:
-        self._db.execute("PRAGMA journal_mode=WAL")
-        # WAL with NORMAL keeps the database whole through a power cut; losing the last rows costs a re-read.
-        self._db.execute("PRAGMA synchronous=NORMAL")
-        self._db.executescript(_SCHEMA)
+    def _create(self) -> None:
+        """Make the database where there is none; who looks finds none or a whole one."""
+        if self._path.exists():
+            return
+        temporary = self._path.with_name(f"{self._path.name}-{durable.unique_suffix()}")
+        try:
+            with self._using():
+                db = sqlite3.connect(temporary, isolation_level=None)
+                try:
+                    db.execute("PRAGMA journal_mode=WAL")
+                    db.executescript(_SCHEMA)
+                finally:
+                    db.close()
+            with contextlib.suppress(FileExistsError):  # another process was faster
+                os.link(temporary, self._path)
+        finally:
+            temporary.unlink(missing_ok=True)
 
     def close(self) -> None:
         with self._using():
@@ -211,9 +237,39 @@ class Index:
                 ),
             )
 
+    def begin_watch(self) -> None:
+        """What the last watcher left: what it imported counts as unchanged, what it was importing settles again."""
+        with self._transaction() as db:
+            db.execute("UPDATE drops SET state = 'unchanged' WHERE state = 'imported'")
+            db.execute(
+                "UPDATE drops SET state = 'settling', fingerprint = '', error = 'interrupted, goes on'"
+                " WHERE state = 'importing'"
+            )
+
+    def removals(self) -> dict[Path, dict[str, Digest]]:
+        """The drops that are being removed, each with the manifests, by name, that hold what it was."""
+        with self._using():
+            rows = self._db.execute("SELECT path, name, manifest FROM removals").fetchall()
+        removals: dict[Path, dict[str, Digest]] = {}
+        for path, name, manifest in rows:
+            removals.setdefault(Path(path), {})[name] = Digest.parse(manifest)
+        return removals
+
+    def begin_removal(self, path: Path, manifests: Mapping[str, Digest]) -> None:
+        with self._transaction() as db:
+            db.executemany(
+                "INSERT OR REPLACE INTO removals VALUES (?, ?, ?)",
+                [(str(path), name, str(manifest)) for name, manifest in manifests.items()],
+            )
+
+    def end_removal(self, path: Path) -> None:
+        with self._transaction() as db:
+            db.execute("DELETE FROM removals WHERE path = ?", (str(path),))
+
     def forget_drop(self, path: Path) -> None:
         with self._transaction() as db:
             db.execute("DELETE FROM drops WHERE path = ?", (str(path),))
+            db.execute("DELETE FROM removals WHERE path = ?", (str(path),))
 
     @contextmanager
     def _transaction(self) -> Iterator[sqlite3.Connection]:

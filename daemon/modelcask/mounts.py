@@ -25,19 +25,25 @@ class Mount:
 
 
 def current_mounts() -> list[Mount]:
-    """All mounts of modelcask that this process can see, as /proc/self/mountinfo tells them (proc(5))."""
-    mounts = []
-    for line in Path("/proc/self/mountinfo").read_text(errors="surrogateescape").splitlines():
-        before, _, after = line.partition(" - ")
-        kind, source, *_ = after.split(" ")
-        if kind == FILESYSTEM_TYPE:
-            mounts.append(Mount(Path(_unescaped(before.split(" ")[4])), Path(_unescaped(source))))
-    return mounts
+    """All mounts of modelcask that this process can see."""
+    return [Mount(where, source) for where, kind, source in _mountinfo() if kind == FILESYSTEM_TYPE]
 
 
 def mounts_of(store: Path) -> list[Mount]:
     """The mounts that show `store`."""
     return [mount for mount in current_mounts() if mount.store == store]
+
+
+def filesystem_type(path: Path) -> str:
+    """The type of the filesystem that `path` lies on, as the kernel names it: `ext4`, `nfs4`, `fuse.sshfs`."""
+    real = Path(os.path.realpath(path))
+    found = ""
+    longest = -1
+    for where, kind, _source in _mountinfo():
+        # Of two mounts at one place, the later covers the earlier.
+        if real.is_relative_to(where) and len(where.parts) >= longest:
+            found, longest = kind, len(where.parts)
+    return found
 
 
 def clear_dead_mount(mountpoint: Path) -> None:
@@ -96,6 +102,14 @@ def _run_unmount(mountpoint: Path, *, lazy: bool) -> str:
         command = [program, "-u", *(["-z"] if lazy else [])]
     done = subprocess.run([*command, str(mountpoint)], check=False, capture_output=True, text=True)
     return done.stderr.strip() or "failed" if done.returncode else ""
+
+
+def _mountinfo() -> Iterator[tuple[Path, str, Path]]:
+    """Mountpoint, type and source of each mount, in the order of /proc/self/mountinfo (proc(5))."""
+    for line in Path("/proc/self/mountinfo").read_text(errors="surrogateescape").splitlines():
+        before, _, after = line.partition(" - ")
+        kind, source, *_ = after.split(" ")
+        yield Path(_unescaped(before.split(" ")[4])), kind, Path(_unescaped(source))
 
 
 def _unescaped(text: str) -> str:

@@ -184,6 +184,8 @@ def check_components(folder: SourceFolder, model_index: Mapping[str, Any], shard
         wanted, is_model = _needs(class_name)
         if not in_folder[component] & wanted:
             raise InvalidModelFolder(where, f"holds no {' or '.join(sorted(wanted))}", "complete the download")
+        if "Tokenizer" in class_name and _lacks_merges(in_folder[component]):
+            raise InvalidModelFolder(where, "holds vocab.json without its merges.txt", "complete the download")
         if is_model and component not in with_weights:
             others = [entry.path for entry in folder.left_out if entry.path.startswith(component + "/")]
             if others:
@@ -237,6 +239,11 @@ def check_shard_index(folder: SourceFolder, file: SourceFile) -> None:
                 f"is missing, {file.path.name} lists it",
                 "complete the download",
             )
+
+
+def _lacks_merges(files: set[str]) -> bool:
+    """Whether a tokenizer has only one of the two files of a byte-pair vocabulary: it would be wrong silently."""
+    return "vocab.json" in files and not files & {"merges.txt", "tokenizer.json", "source.spm"}
 
 
 def _needs(class_name: str) -> tuple[set[str], bool]:

@@ -1,8 +1,9 @@
-"""The service: watches the drop directories and imports what has settled there.
+"""The service: follows the drop directories and imports what has settled there.
 
-One loop looks at the drops whenever something was noticed in them, and keeps looking for as long as one is
-settling. A drop whose fingerprint is the one that was imported is not read again; one that failed is tried
-again when it changes, or after a minute if the fault was not its own.
+One loop, on one thread, knows the drops: it looks at those where something was written, at those that are still
+settling, and at all of them where events were lost. What it finds complete goes to a queue; as many imports run at once
+as the configuration says. A drop whose fingerprint is the one that was imported is not read again; one that failed is
+tried again when it changes, or after a while if the fault was not its own.
 """
 
 from __future__ import annotations
@@ -11,28 +12,20 @@ import logging
 import math
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from modelcask import importer, settle, source
-from modelcask.config import DropDirectory
-from modelcask.errors import (
-    CorruptBlob,
-    IndexFailed,
-    Interrupted,
-    InvalidName,
-    ModelcaskError,
-    SourceChanged,
-    disk_error,
-    printable,
-)
+from modelcask import settle
+from modelcask.config import Config
+from modelcask.drop_import import ImportOutcome, finish_removal, import_drop
+from modelcask.drops import Found, find_drops
+from modelcask.errors import IndexFailed, ModelcaskError, disk_error, printable
 from modelcask.index import Drop
 from modelcask.leases import SoleLease
-from modelcask.manifests import MODEL_INDEX
-from modelcask.names import DEFAULT_NAMESPACE, DEFAULT_TAG, ModelName, namespace_from_folder_name
+from modelcask.notify import Notifier
 from modelcask.plan import ImportPlan
-from modelcask.quantize import QUANT_TYPES
 from modelcask.store import Store
 from modelcask.watch import Watcher
 
@@ -40,239 +33,332 @@ log = logging.getLogger("modelcask")
 
 # Two looks in a row, this far apart, must agree before a drop counts as settled.
 _LOOK_AGAIN = 0.5
-# What still lacks something is looked at this often, should its last event be missed.
+# The loop comes round this often even if nothing happens: a directory may have come, gone or been covered by a mount,
+# and the service manager wants to know that it works.
+_ROUND = 2.0
+# What lacks something is looked at this often, should its last event be missed; what is stuck, less often.
 _LOOK_NOW_AND_THEN = 5.0
-# What failed through no fault of its own is tried again after this time.
-_TRY_AGAIN = 60.0
-# Progress is written to the index this often.
-_PROGRESS = 0.5
+_LOOK_AT_STUCK = 60.0
+# Everything is looked at this often, should an event be missed.
+_LOOK_AT_ALL = 900.0
+# What failed through no fault of its own is tried again after this time, then after twice as long, up to a limit.
+_TRY_AGAIN, _TRY_AGAIN_AT_MOST = 60.0, 3600.0
+# Imports at once: one keeps both cores and the disk busy, a second fills the gaps where the first waits for a flush,
+# and lets a small model pass a large one.
+_PARALLEL = 2
 
 
-@dataclass(frozen=True, slots=True)
-class Found:
-    """A folder in a drop directory that may be a model."""
+@dataclass(slots=True)
+class _Tracked:
+    """What the loop knows of one drop.
 
-    path: Path
-    directory: DropDirectory
-    namespace: str | None
+    Times are monotonic seconds.
 
-    @property
-    def name(self) -> str:
-        try:
-            return str(
-                ModelName.from_folder_name(
-                    self.path.name,
-                    namespace=self.namespace or DEFAULT_NAMESPACE,
-                    tag=self.directory.quantize or DEFAULT_TAG,
-                )
-            )
-        except InvalidName:
-            return self.path.name
-
-
-def find_drops(directory: DropDirectory) -> Iterator[Found]:
-    """The folders in a drop directory that are, or may become, models.
-
-    `int4/` and the other types are drop directories of their own; a folder that holds model folders gives
-    them its name as their namespace. What cannot be read is passed over.
+    Attributes:
+        row: what the index, and so `status`, was last told; None before the first time.
+        fingerprint: of the last look.
+        due: when it is looked at again, noticed or not.
+        planned: when a look last went deeper than the fingerprint.
+        progressed: when the fingerprint last changed.
+        failures, retry: how often in a row its import failed by no fault of its own, and when to try again.
+        job: its import, queued or under way.
     """
-    for child in _folders(directory.path):
-        if child.name in QUANT_TYPES and directory.quantize is None:
-            yield from find_drops(replace(directory, path=child, quantize=child.name))
-            continue
-        models = [] if _is_model(child) else [below for below in _folders(child) if _is_model(below)]
-        if models:
-            namespace = namespace_from_folder_name(child.name)
-            yield from (Found(model, directory, namespace) for model in models)
-        else:
-            yield Found(child, directory, directory.namespace)
+
+    found: Found
+    row: Drop | None
+    fingerprint: str = ""
+    due: float = 0.0
+    planned: float = -math.inf
+    progressed: float = field(default_factory=time.monotonic)
+    failures: int = 0
+    retry: float = 0.0
+    job: Future[ImportOutcome] | None = None
 
 
-@dataclass
 class Service:
-    """Watches `directories` and imports into `store` until `stop` is set."""
+    """Imports into `store` what is dropped, until `stop` is set."""
 
-    store: Store
-    directories: tuple[DropDirectory, ...]
-    stop: threading.Event
-    noticed: threading.Event = field(default_factory=threading.Event)
-    _looks: dict[Path, settle.Look] = field(default_factory=dict)
-    _try_again: dict[Path, float] = field(default_factory=dict)
+    def __init__(
+        self,
+        store: Store,
+        config: Config,
+        stop: threading.Event,
+        *,
+        notifier: Notifier,
+        reload: Callable[[], Config],
+    ) -> None:
+        """
+        Args:
+            notifier: tells the service manager.
+            reload: the configuration as it is now; raises InvalidConfig.
+        """
+        self._store = store
+        self._config = config
+        self._stop = stop
+        self._notifier = notifier
+        self._load_config = reload
+        self._reload_wanted = threading.Event()
+        self._noticed = threading.Event()
+        self._drops: dict[Path, _Tracked] = {}
+        self._remembered: dict[Path, Drop] = {}
+        self._removals: set[Path] = set()
+        self._unavailable: dict[Path, str] = {}
+        self._all_due = 0.0
+        self._last_status = ""
 
-    def run(self, *, on_ready: Callable[[], None]) -> None:
+    def wake(self) -> None:
+        """Let the loop come round now: `stop` was set, or something happened."""
+        self._noticed.set()
+
+    def reload(self) -> None:
+        """Read the configuration again, soon. A signal handler may call it."""
+        self._reload_wanted.set()
+        self._noticed.set()
+
+    def run(self) -> None:
         """Work until `stop` is set. Raises LeaseTaken if another process watches for this store."""
-        for directory in self.directories:
-            directory.path.mkdir(parents=True, exist_ok=True)
-        with SoleLease(self.store.leases):
-            self.store.remove_abandoned_files()
-            watcher = Watcher([directory.path for directory in self.directories], self.noticed)
+        with SoleLease(self._store.leases):
+            self._store.remove_abandoned_files()
+            self._watcher = Watcher(self.wake)
+            self._pool = self._new_pool()
             try:
-                self._mark_unchanged()
-                on_ready()
+                self._remember()
+                self._look_around()
+                self._notifier.ready(self._status())
+                log.info("watching %s", ", ".join(printable(str(drop.path)) for drop in self._config.drops))
                 self._work()
             finally:
-                watcher.close()
+                self._notifier.stopping("stopping")
+                self._watcher.close()
+                self._pool.shutdown(wait=True, cancel_futures=True)
 
     def _work(self) -> None:
-        while not self.stop.is_set():
-            self.noticed.clear()
-            seconds = self._look_at_all()
-            self.noticed.wait(None if math.isinf(seconds) else seconds)
-            # What is noticed comes in bursts; one look serves for all of half a second.
-            self.stop.wait(_LOOK_AGAIN)
+        while not self._stop.is_set():
+            self._notifier.alive()
+            if self._reload_wanted.is_set():
+                self._reload_wanted.clear()
+                self._reload()
+            self._look_around()
+            self._tell_status()
+            # Never longer than a round: what cannot raise an event is found by coming round.
+            due = min((drop.due for drop in self._drops.values() if drop.job is None), default=math.inf)
+            if self._noticed.wait(min(_ROUND, max(0.0, due - time.monotonic()))):
+                self._noticed.clear()
+                # What is noticed comes in bursts; one look serves for all of half a second.
+                self._stop.wait(_LOOK_AGAIN)
 
-    def _look_at_all(self) -> float:
-        """Look at every drop, import what has settled. In how many seconds to look again, noticed or not."""
-        known = self._known()
-        found_now: set[Path] = set()
-        seconds = math.inf
-        for directory in self.directories:
-            for found in find_drops(directory):
-                if self.stop.is_set():
-                    return 0
-                found_now.add(found.path)
-                seconds = min(seconds, self._look_at(found, known.get(found.path)))
-        for path in known.keys() - found_now:
+    def _look_around(self) -> None:
+        """Look at the drops where something was written, at those whose time has come, at all if events were lost."""
+        self._watch_directories()
+        ended = self._finish_jobs()
+        changes = self._watcher.take()
+        everything = changes.everything or time.monotonic() >= self._all_due
+        if everything:
+            self._all_due = time.monotonic() + _LOOK_AT_ALL
+        if everything or ended or changes.paths:
+            self._find()
+        for path in changes.paths:
+            for parent in (path, *path.parents):
+                if (drop := self._drops.get(parent)) is not None:
+                    drop.due = 0.0
+                    drop.progressed = time.monotonic()  # a download grows in files that are no part of the drop
+                    break
+        for drop in self._drops.values():
+            if self._stop.is_set():
+                return
+            if drop.job is None and (everything or drop.due <= time.monotonic()):
+                self._look_at(drop)
+
+    def _watch_directories(self) -> None:
+        """Follow the drop directories; make those that are missing and can be made, tell of the others."""
+        for directory in self._config.drops:
+            # Only the last part: a missing parent may be a mount that has not come yet.
+            if not directory.path.exists() and directory.path.parent.is_dir():
+                try:
+                    directory.path.mkdir()
+                except OSError as error:
+                    log.debug("%s", disk_error(error))  # `refresh` tells that it is missing
+        unavailable = self._watcher.refresh({drop.path: drop.polling for drop in self._config.drops})
+        for path in self._unavailable.keys() - unavailable.keys():
+            log.info("%s: is there now", printable(str(path)))
             self._forget(path)
-        return seconds
+        for path, reason in unavailable.items():
+            if self._unavailable.get(path) != reason:
+                log.warning(
+                    "%s: cannot be watched: %s; it is watched as soon as it can be", printable(str(path)), reason
+                )
+                self._save(
+                    Drop(path, str(path), "", "settling", error=f"this drop directory cannot be watched: {reason}")
+                )
+        self._unavailable = unavailable
 
-    def _look_at(self, found: Found, known: Drop | None) -> float:
-        """Look at one drop. In how many seconds to look at it again, noticed or not."""
-        if known is not None and known.state in ("imported", "unchanged", "failed"):
-            wait = self._try_again.get(found.path, 0) - time.monotonic()
-            if known.state == "failed" and wait > 0:
-                return wait
-            if known.fingerprint and known.fingerprint == _fingerprint(found.path):
-                return math.inf
-        look = settle.look(found.path, namespace=found.namespace, quantize=found.directory.quantize)
-        before, self._looks[found.path] = self._looks.get(found.path), look
-        changed = before is None or before.fingerprint != look.fingerprint
-        if look.plan is not None and not changed:
-            del self._looks[found.path]
-            return self._import(found, look.fingerprint, look.plan)
-        if known is None or (known.state, known.error) != ("settling", look.missing):
-            log.info("%s: settling%s", found.name, f": {look.missing}" if look.missing else "")
-            self._save(found, "", "settling", error=look.missing)
-        # An event may be missed; what lacks something is looked at now and then all the same.
-        return _LOOK_AGAIN if changed or look.plan is not None else _LOOK_NOW_AND_THEN
+    def _find(self) -> None:
+        """Find the drops that came and forget those that went. What a directory that is away held is kept."""
+        found_now: dict[Path, Found] = {}
+        away: list[Path] = list(self._unavailable)
+        for directory in self._config.drops:
+            try:
+                found_now |= {found.path: found for found in find_drops(directory)}
+            except OSError:
+                away.append(directory.path)  # the next round tells why
+        for path, found in found_now.items():
+            drop = self._drops.get(path)
+            if drop is None:
+                self._drops[path] = _Tracked(found, self._remembered.pop(path, None))
+            elif drop.found != found and drop.job is None:
+                self._drops[path] = _Tracked(found, None)  # of another type or namespace now
+        gone = (self._drops.keys() | self._remembered.keys()) - found_now.keys()
+        for path in gone:
+            held = path in self._drops and self._drops[path].job is not None
+            if not held and not any(path.is_relative_to(directory) for directory in away):
+                self._drops.pop(path, None)
+                self._remembered.pop(path, None)
+                self._forget(path)
 
-    def _import(self, found: Found, fingerprint: str, plan: ImportPlan) -> float:
-        """Import a drop. In how many seconds to look at it again."""
-        progress = _Progress(lambda done, total: self._save(found, "", "importing", done=done, total=total))
-        log.info("%s: importing %s", found.name, printable(str(found.path)))
+    def _look_at(self, drop: _Tracked) -> None:
+        """Look at one drop, and queue its import if it has settled."""
+        now = time.monotonic()
+        path = drop.found.path
+        if path in self._removals:
+            self._submit(drop, lambda: finish_removal(self._store, drop.found, save=self._save, stop=self._stop))
+            self._removals.discard(path)
+            return
+        fingerprint = settle.fingerprint(path)
+        row = drop.row
+        if row is not None and row.fingerprint == fingerprint and row.state in ("imported", "unchanged", "failed"):
+            drop.due = math.inf
+            return
+        moved = fingerprint != drop.fingerprint
+        drop.fingerprint = fingerprint
+        if moved:
+            drop.progressed, drop.failures, drop.retry = now, 0, 0.0
+        if drop.retry > now:
+            drop.due = drop.retry
+            return
+        if moved and now - drop.planned < _LOOK_NOW_AND_THEN:
+            drop.due = now + _LOOK_AGAIN  # headers and JSON are not read again at every move
+            return
+        look = settle.look(path, namespace=drop.found.namespace, quantize=drop.found.directory.quantize)
+        drop.planned = now
+        if look.plan is not None and not moved and look.fingerprint == fingerprint:
+            self._queue(drop, look.plan)
+            return
+        stuck = now - drop.progressed >= self._config.stuck_after
+        missing = look.missing
+        if missing is not None and stuck:
+            since = time.strftime("%F %H:%M", time.localtime(time.time() - (now - drop.progressed)))
+            missing = f"stuck, nothing has come since {since}: {missing}"
+        self._tell(drop, "settling", error=missing)
+        again = _LOOK_AGAIN if moved or look.plan is not None else _LOOK_AT_STUCK if stuck else _LOOK_NOW_AND_THEN
+        drop.due = now + again
+
+    def _queue(self, drop: _Tracked, plan: ImportPlan) -> None:
+        ahead = sum(1 for other in self._drops.values() if other.job is not None)
+        if ahead >= self._parallel:
+            self._tell(drop, "settling", error="complete, waits for other imports to end")
+        fingerprint = drop.fingerprint
+        self._submit(
+            drop, lambda: import_drop(self._store, drop.found, fingerprint, plan, save=self._save, stop=self._stop)
+        )
+
+    def _submit(self, drop: _Tracked, work: Callable[[], ImportOutcome]) -> None:
+        drop.job = self._pool.submit(work)
+        drop.job.add_done_callback(lambda _job: self.wake())
+
+    def _finish_jobs(self) -> bool:
+        """Take what became of imports that ended. Whether any did."""
+        ended = [drop for drop in self._drops.values() if drop.job is not None and drop.job.done()]
+        for drop in ended:
+            assert drop.job is not None
+            outcome = drop.job.result()
+            drop.job, drop.row, drop.planned = None, outcome.row, -math.inf
+            drop.due = 0.0  # it may have changed since
+            if outcome.passing_fault:
+                drop.retry = time.monotonic() + min(_TRY_AGAIN * 2**drop.failures, _TRY_AGAIN_AT_MOST)
+                drop.failures += 1
+        return bool(ended)
+
+    def _reload(self) -> None:
+        self._notifier.reloading("reading the configuration")
         try:
-            results = importer.run_import(self.store, plan, report=progress, stop=self.stop)
-        except Interrupted:
-            self._save(found, "", "settling", error="interrupted, goes on at the next start")
-            return 0
-        except (SourceChanged, CorruptBlob) as error:
-            # It changed while it was read, or a blob it counts on was quarantined: start over.
-            log.info("%s: %s", found.name, error)
-            self._save(found, "", "settling", error=str(error))
-            return _LOOK_AGAIN
-        except ModelcaskError as error:
-            self._fail(found, fingerprint, str(error))
-            return math.inf
-        except OSError as error:
-            # A fault of the store or of the machine: it may pass without the drop changing.
-            self._fail(found, "", disk_error(error))
-            self._try_again[found.path] = time.monotonic() + _TRY_AGAIN
-            return _TRY_AGAIN
-        for result in results:
-            log.info("%s: imported, %d bytes new, %d shared", result.name, result.new_bytes, result.reused_bytes)
-        self._save(found, fingerprint, "imported", done=progress.total, total=progress.total)
-        return math.inf
+            config = self._load_config()
+        except (ModelcaskError, OSError) as error:
+            what = str(error) if isinstance(error, ModelcaskError) else disk_error(error)
+            log.error("%s; the configuration stays as it was", what)
+            self._notifier.ready(f"configuration refused: {what}")
+            return
+        for key in ("store", "mount"):
+            if getattr(config, key) != getattr(self._config, key):
+                log.warning("%s: takes effect at the next start", key)
+        if config.parallel != self._config.parallel:
+            self._pool.shutdown(wait=False)  # what is queued there is still done
+        previous, self._config = self._config, replace(config, store=self._config.store, mount=self._config.mount)
+        if config.parallel != previous.parallel:
+            self._pool = self._new_pool()
+        self._watch_directories()
+        self._find()
+        log.info("configuration read again")
+        self._last_status = ""
+        self._notifier.ready(self._status())
 
-    def _fail(self, found: Found, fingerprint: str, error: str) -> None:
-        log.error("%s: failed: %s", found.name, error)
-        self._save(found, fingerprint, "failed", error=error)
+    @property
+    def _parallel(self) -> int:
+        return self._config.parallel or _PARALLEL
 
-    def _save(
-        self,
-        found: Found,
-        fingerprint: str,
-        state: str,
-        *,
-        done: int = 0,
-        total: int = 0,
-        error: str | None = None,
-    ) -> None:
+    def _new_pool(self) -> ThreadPoolExecutor:
+        return ThreadPoolExecutor(self._parallel, "drop")
+
+    def _tell_status(self) -> None:
+        status = self._status()
+        if status != self._last_status:
+            self._notifier.status(status)
+            self._last_status = status
+
+    def _status(self) -> str:
+        """How it goes, in one line."""
+        jobs = [drop for drop in self._drops.values() if drop.job is not None and drop.job.running()]
+        parts = [f"importing {printable(drop.found.name)}{_percent(drop.row)}" for drop in jobs]
+        rows = [drop.row for drop in self._drops.values() if drop.row is not None]
+        for state, word in (("settling", "settling"), ("failed", "failed")):
+            if count := sum(1 for row in rows if row.state == state):
+                parts.append(f"{count} {word}")
+        done = sum(1 for row in rows if row.state in ("imported", "unchanged"))
+        parts.append(f"{done} imported")
+        parts += [f"{printable(str(path))}: {reason}" for path, reason in self._unavailable.items()]
+        return ", ".join(parts)
+
+    def _tell(self, drop: _Tracked, state: str, *, error: str | None) -> None:
+        row = drop.row
+        if row is not None and (row.state, row.error) == (state, error):
+            return
+        log.info("%s: %s%s", drop.found.name, state, f": {error}" if error else "", extra={"model": drop.found.name})
+        drop.row = Drop(drop.found.path, drop.found.name, "", state, error=error)
+        self._save(drop.row)
+
+    def _save(self, row: Drop) -> None:
+        """Tell the index, and so `status`. Import threads call it, too."""
+        if (drop := self._drops.get(row.path)) is not None:
+            drop.row = row
         try:
-            self.store.index.save_drop(Drop(found.path, found.name, fingerprint, state, done, total, error))
+            self._store.index.save_drop(row)
         except IndexFailed as failure:
             log.warning("%s", failure)  # `status` is behind; the work goes on
 
-    def _known(self) -> dict[Path, Drop]:
-        try:
-            return {drop.path: drop for drop in self.store.index.drops()}
-        except IndexFailed as failure:
-            log.warning("%s", failure)
-            return {}
-
     def _forget(self, path: Path) -> None:
-        self._looks.pop(path, None)
-        self._try_again.pop(path, None)
         try:
-            self.store.index.forget_drop(path)
+            self._store.index.forget_drop(path)
         except IndexFailed as failure:
             log.warning("%s", failure)
 
-    def _mark_unchanged(self) -> None:
-        """What was imported before this start shows as unchanged; a look tells whether it is."""
+    def _remember(self) -> None:
+        """Take from the index what was known at the last end: what was imported shows as unchanged until a look."""
         try:
-            for drop in self.store.index.drops():
-                if drop.state == "imported":
-                    self.store.index.save_drop(replace(drop, state="unchanged"))
+            self._store.index.begin_watch()
+            self._remembered = {row.path: row for row in self._store.index.drops()}
+            self._removals = set(self._store.index.removals())
         except IndexFailed as failure:
             log.warning("%s", failure)
 
 
-class _Progress:
-    """Passes reports on, not too often."""
-
-    def __init__(self, save: Callable[[int, int], None]) -> None:
-        self._save = save
-        self._last = 0.0
-        self._lock = threading.Lock()
-        self.total = 0
-
-    def __call__(self, done: int, total: int) -> None:
-        with self._lock:
-            self.total = total
-            now = time.monotonic()
-            if now - self._last < _PROGRESS:
-                return
-            self._last = now
-        self._save(done, total)
-
-
-def _fingerprint(path: Path) -> str:
-    try:
-        return settle.fingerprint_of(source.look(path))
-    except (ModelcaskError, OSError):
-        return ""
-
-
-def _is_model(folder: Path) -> bool:
-    try:
-        return (folder / MODEL_INDEX).exists()
-    except OSError:
-        return False
-
-
-def _folders(path: Path) -> list[Path]:
-    try:
-        return sorted(child for child in path.iterdir() if _is_shown_folder(child))
-    except OSError:
-        return []  # gone, or not ours to read: `lost+found`
-
-
-def _is_shown_folder(path: Path) -> bool:
-    try:
-        path.name.encode()
-        return path.is_dir() and not path.name.startswith(".")
-    except UnicodeEncodeError:
-        log.warning("%s: its name is not UTF-8, rename it to have it imported", printable(str(path)))
-    except OSError:
-        pass  # not ours to look at
-    return False
+def _percent(row: Drop | None) -> str:
+    return f" {100 * row.done_bytes // row.total_bytes} %" if row is not None and row.total_bytes else ""

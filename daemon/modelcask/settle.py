@@ -10,6 +10,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import signal
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -18,10 +19,12 @@ import xxhash
 from modelcask import source
 from modelcask.errors import ModelcaskError, SourceChanged, disk_error
 from modelcask.plan import MAX_JSON, ImportPlan, plan_import
-from modelcask.source import PARTIAL_SUFFIXES, SourceFile, SourceFolder
+from modelcask.source import SourceFile, SourceFolder
 
 # Where huggingface_hub keeps what it is downloading into a --local-dir.
 _HUB_DOWNLOADS = PurePosixPath(".cache/huggingface/download")
+# git holds it while it writes the files of a clone.
+_GIT_LOCK = PurePosixPath(".git/index.lock")
 
 # A safetensors file tells its length and an index its shards; of these only the syntax tells the end.
 _PARSED_BY_CLIENTS = {
@@ -70,6 +73,8 @@ def look(path: Path, *, namespace: str | None, quantize: str | None = None) -> L
         plan = plan_import(folder, namespace=namespace, quantize=quantize)
         if half := _half_written_json(folder):
             return Look(fingerprint, None, f"{half.host}: is no JSON yet")
+        if open_file := _being_written(folder):
+            return Look(fingerprint, None, f"{open_file.host}: a process has it open for writing")
         return Look(fingerprint, plan, None)
     except SourceChanged as error:
         return Look(fingerprint, None, f"{error.path}: is still being written")
@@ -77,6 +82,14 @@ def look(path: Path, *, namespace: str | None, quantize: str | None = None) -> L
         return Look(fingerprint, None, str(error))
     except OSError as error:
         return Look(fingerprint, None, disk_error(error))
+
+
+def fingerprint(path: Path) -> str:
+    """The fingerprint of the drop as it is now; empty if it cannot be looked at."""
+    try:
+        return fingerprint_of(source.look(path))
+    except (ModelcaskError, OSError):
+        return ""
 
 
 def fingerprint_of(folder: SourceFolder) -> str:
@@ -100,10 +113,37 @@ def _half_written_json(folder: SourceFolder) -> SourceFile | None:
     return None
 
 
+def _being_written(folder: SourceFolder) -> SourceFile | None:
+    """The first file that a process has open for writing, where the kernel tells.
+
+    It tells whoever asks for a read lease on a file of his own (fcntl(2), F_SETLEASE: "EAGAIN" while anyone has it
+    open for writing); of others' files and on network filesystems, structure must do.
+    """
+    for file in folder.files:
+        try:
+            fd = os.open(file.host, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        except FileNotFoundError:
+            raise SourceChanged(file.host) from None
+        try:
+            # Should somebody open it just now, the kernel sends a signal: one that is ignored unless it is asked for.
+            fcntl.fcntl(fd, fcntl.F_SETSIG, signal.SIGURG)
+            fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_RDLCK)
+            fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_UNLCK)
+        except BlockingIOError:
+            return file
+        except OSError:
+            pass  # not ours, or a filesystem without leases: it cannot be told
+        finally:
+            os.close(fd)
+    return None
+
+
 def _download_under_way(root: Path, folder: SourceFolder) -> Path | None:
     for entry in folder.left_out:
-        if entry.path.lower().endswith(PARTIAL_SUFFIXES):
+        if source.is_partial(PurePosixPath(entry.path).name):
             return root / entry.path
+    if (root / _GIT_LOCK).exists():
+        return root / _GIT_LOCK
     downloads = root / _HUB_DOWNLOADS
     if downloads.is_dir():
         for path in sorted(downloads.rglob("*")):

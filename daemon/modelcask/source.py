@@ -8,6 +8,7 @@ neither file nor folder is left out, and every file that is opened must be the o
 from __future__ import annotations
 
 import os
+import re
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,7 +19,10 @@ from modelcask.errors import InvalidModelFolder, SourceChanged, printable
 
 _MAX_DEPTH = 32
 
-PARTIAL_SUFFIXES = (".incomplete", ".part", ".partial", ".crdownload", ".tmp", ".aria2")
+_PARTIAL_SUFFIXES = (".incomplete", ".part", ".partial", ".crdownload", ".tmp", ".aria2")
+# rsync's own, which it renames when they are complete: `.NAME.` and six characters that mkstemp chose. That they are
+# all lower-case letters happens once in 200 files; a name like `.settings.backup` is not meant.
+_RSYNC_TEMPORARY = re.compile(r"\..+\.(?![a-z]{6})[A-Za-z0-9]{6}")
 _OTHER_WEIGHTS = (".bin", ".ckpt", ".pt", ".msgpack", ".h5", ".onnx")
 _LEFT_OUT_FOLDERS = {
     ".git": "a repository's own files",
@@ -136,6 +140,11 @@ def check_unchanged(folder: SourceFolder) -> None:
         raise SourceChanged(folder.root / path)
 
 
+def is_partial(name: str) -> bool:
+    """Whether a file of this name is being downloaded or copied."""
+    return name.lower().endswith(_PARTIAL_SUFFIXES) or _RSYNC_TEMPORARY.fullmatch(name) is not None
+
+
 def identity_of(status: os.stat_result) -> tuple[int, int, int, int, int]:
     """What tells one state of a file from another without reading it."""
     return (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
@@ -211,7 +220,7 @@ def _follow(link: Path, roots: tuple[Path, ...]) -> Path:
 
 def _why_left_out(path: PurePosixPath) -> str | None:
     name = path.name.lower()
-    if name.endswith(PARTIAL_SUFFIXES):
+    if is_partial(path.name):
         return "a partial download"
     if name.endswith(_OTHER_WEIGHTS):
         return f"weights in another format than safetensors ({path.suffix})"

@@ -1,40 +1,210 @@
-"""Noticing: tells that something happened in a directory, never what is complete.
+"""Noticing: tells where something was written, never what is complete.
 
-The one module that imports watchdog.
+The one module that imports watchdog. Events come from inotify, or, where the kernel does not see what others write (a
+network filesystem, one in user space), from looking at the files now and then. A directory may be missing, come later,
+be removed, or be covered by a mount: `refresh`, called often, follows.
 """
 
 from __future__ import annotations
 
+import errno
+import logging
+import os
 import threading
-from collections.abc import Iterable
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
-from watchdog.events import FileSystemEvent, FileSystemEventHandler
+from watchdog.events import (
+    DirCreatedEvent,
+    DirDeletedEvent,
+    DirModifiedEvent,
+    DirMovedEvent,
+    FileClosedEvent,
+    FileCreatedEvent,
+    FileDeletedEvent,
+    FileModifiedEvent,
+    FileMovedEvent,
+    FileSystemEvent,
+    FileSystemEventHandler,
+)
 from watchdog.observers import Observer
+from watchdog.observers.api import BaseObserver
+from watchdog.observers.polling import PollingObserver
+
+from modelcask.errors import printable
+from modelcask.mounts import filesystem_type
+
+log = logging.getLogger("modelcask")
 
 # Reading a drop opens and closes its files; only what a writer does counts.
-_WRITERS_EVENTS = ("created", "modified", "moved", "deleted", "closed")
+_WRITERS_EVENTS: list[type[FileSystemEvent]] = [
+    DirCreatedEvent,
+    DirDeletedEvent,
+    DirModifiedEvent,
+    DirMovedEvent,
+    FileClosedEvent,
+    FileCreatedEvent,
+    FileDeletedEvent,
+    FileModifiedEvent,
+    FileMovedEvent,
+]
+# What another machine, or a process in user space, writes to these raises no event here (inotify(7), "Limitations").
+_WITHOUT_EVENTS = ("nfs", "cifs", "smb", "9p", "fuse", "virtiofs", "ceph", "glusterfs", "lustre", "afs", "vboxsf")
+_POLL_SECONDS = 2.0
+
+
+@dataclass(frozen=True, slots=True)
+class Changes:
+    """What was noticed since the last time.
+
+    Attributes:
+        everything: whether events were lost, so that anything may have changed.
+        paths: where something was written.
+    """
+
+    everything: bool
+    paths: frozenset[Path]
 
 
 class Watcher:
-    """Sets `noticed` whenever something is written below one of the directories, until it is closed."""
+    """Watches directories until it is closed; `noticed` is called, from any thread, when there is something to take."""
 
-    def __init__(self, directories: Iterable[Path], noticed: threading.Event) -> None:
-        self._observer = Observer()
-        handler = _Handler(noticed)
-        for directory in directories:
-            self._observer.schedule(handler, str(directory), recursive=True)
-        self._observer.start()
+    def __init__(self, noticed: Callable[[], None]) -> None:
+        self._noticed = noticed
+        self._lock = threading.Lock()
+        self._paths: set[Path] = set()
+        self._everything = True
+        self._followed: dict[Path, _Followed] = {}
+        self._overflows = _OverflowLog(self._lose_track)
+        logging.getLogger("watchdog").addHandler(self._overflows)
+        logging.getLogger("watchdog").propagate = False
+
+    def refresh(self, directories: Mapping[Path, bool | None]) -> dict[Path, str]:
+        """Watch exactly these directories, those that are there now. Cheap where nothing has changed.
+
+        Args:
+            directories: with each, whether to look now and then instead of waiting for events; None: as its
+                filesystem needs it.
+
+        Returns:
+            The directories that cannot be watched, each with the reason.
+        """
+        failed = {}
+        for path in self._followed.keys() - directories.keys():
+            self._followed.pop(path).close()
+        for path, polling in directories.items():
+            followed = self._followed.get(path)
+            try:
+                status = path.stat()
+                identity = (status.st_dev, status.st_ino, polling)
+                if followed is None or followed.identity != identity:
+                    self._follow(path, identity)
+            except OSError as error:
+                if followed is not None:
+                    self._followed.pop(path).close()
+                    self._lose_track()
+                failed[path] = (error.strerror or str(error)).lower()
+        return failed
+
+    def take(self) -> Changes:
+        """What was noticed since the last call; at the first, everything."""
+        with self._lock:
+            changes = Changes(self._everything, frozenset(self._paths))
+            self._everything = False
+            self._paths.clear()
+        return changes
 
     def close(self) -> None:
-        self._observer.stop()
-        self._observer.join()
+        for followed in self._followed.values():
+            followed.close()
+        self._followed.clear()
+        logging.getLogger("watchdog").removeHandler(self._overflows)
+
+    def _follow(self, path: Path, identity: tuple[int, int, bool | None]) -> None:
+        if path in self._followed:
+            self._followed.pop(path).close()
+        polling = identity[2]
+        if polling is None:
+            kind = filesystem_type(path)
+            polling = kind.startswith(_WITHOUT_EVENTS)
+            if polling:
+                log.info("%s: lies on %s, where events do not arrive; looking every %g s", path, kind, _POLL_SECONDS)
+        self._followed[path] = _Followed(identity, self._observe(path, polling=polling))
+        self._lose_track()
+
+    def _observe(self, path: Path, *, polling: bool) -> BaseObserver:
+        if not polling:
+            observer = Observer()
+            try:
+                self._start(observer, path)
+                # Folders below are passed over silently where the limit is reached; one more tells.
+                observer.schedule(FileSystemEventHandler(), os.sep, event_filter=[DirDeletedEvent])
+                return observer
+            except OSError as error:
+                observer.stop()
+                if error.errno not in (errno.ENOSPC, errno.EMFILE):
+                    raise
+                log.warning(
+                    "%s: the kernel's limit of inotify watches is reached, looking every %g s instead; raise "
+                    "fs.inotify.max_user_watches (sysctl) and start again",
+                    printable(str(path)),
+                    _POLL_SECONDS,
+                )
+        observer = PollingObserver(timeout=_POLL_SECONDS)
+        self._start(observer, path)
+        return observer
+
+    def _start(self, observer: BaseObserver, path: Path) -> None:
+        observer.start()
+        with warnings.catch_warnings():
+            # watchdog 7 warns, a dozen lines each, of folders that vanish while it begins to watch them.
+            warnings.simplefilter("ignore")
+            observer.schedule(_Handler(self._note), str(path), recursive=True, event_filter=_WRITERS_EVENTS)
+
+    def _note(self, *paths: Path) -> None:
+        with self._lock:
+            self._paths.update(paths)
+        self._noticed()
+
+    def _lose_track(self) -> None:
+        with self._lock:
+            self._everything = True
+        self._noticed()
+
+
+@dataclass(frozen=True, slots=True)
+class _Followed:
+    """A directory that is watched.
+
+    Attributes:
+        identity: its device and inode, so that one that comes in its place is told from it, and how it is watched.
+    """
+
+    identity: tuple[int, int, bool | None]
+    observer: BaseObserver
+
+    def close(self) -> None:
+        self.observer.stop()
+        self.observer.join()
 
 
 class _Handler(FileSystemEventHandler):
-    def __init__(self, noticed: threading.Event) -> None:
-        self._noticed = noticed
+    def __init__(self, note: Callable[..., None]) -> None:
+        self._note = note
 
     def on_any_event(self, event: FileSystemEvent) -> None:
-        if event.event_type in _WRITERS_EVENTS:
-            self._noticed.set()
+        self._note(*(Path(os.fsdecode(path)) for path in (event.src_path, event.dest_path) if path))
+
+
+class _OverflowLog(logging.Handler):
+    """Takes what watchdog logs: that events were lost it tells in no other way (7.1)."""
+
+    def __init__(self, lost: Callable[[], None]) -> None:
+        super().__init__(logging.WARNING)
+        self._lost = lost
+
+    def emit(self, record: logging.LogRecord) -> None:
+        log.log(record.levelno, "%s", record.getMessage())
+        self._lost()

@@ -29,7 +29,7 @@ _MODULES = {
     "umount": "serving",
     "watch": "serving",
     "up": "serving",
-    "status": "serving",
+    "status": "status",
 }
 
 

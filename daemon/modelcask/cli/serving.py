@@ -1,30 +1,22 @@
-"""Commands that run or look at what runs: mount, umount, watch, up, status."""
+"""Commands that run something: mount, umount, watch, up."""
 
 from __future__ import annotations
 
-import logging
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 import click
 
 from modelcask import config
-from modelcask.cli.output import (
-    existing_store,
-    json_option,
-    print_json,
-    print_table,
-    size_text,
-    stopping_on_signals,
-    store_option,
-)
+from modelcask.cli.logs import LogFormat, log_to_stderr
+from modelcask.cli.output import existing_store, stopping_on_signals, store_option
 from modelcask.config import Config
-from modelcask.errors import IndexFailed, InvalidConfig
-from modelcask.leases import sole_holder
-from modelcask.mounts import current_mounts, mounts_of, unmount
+from modelcask.mounts import current_mounts, unmount
 from modelcask.store import Store
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -91,27 +83,34 @@ def umount_command(directory: Path, root: Path) -> None:
 @click.command("watch")
 @config_option
 @optional_store_option
-def watch_command(config_path: Path | None, root: Path | None) -> None:
+@click.option(
+    "--log-format", type=click.Choice(["text", "json"]), default="text", help="How the log on stderr is written."
+)
+def watch_command(config_path: Path | None, root: Path | None, log_format: LogFormat) -> None:
     """Import what is dropped into the watched directories, in the foreground.
 
     Without a configuration, ~/imports is watched. A folder is imported when it is complete: `modelcask
     status` tells what is still missing. ctrl-c ends it; an import that was under way goes on at the next
-    start.
+    start. SIGHUP makes it read the configuration again.
     """
-    import warnings
-
     from modelcask.service import Service
 
-    # watchdog 7 warns, a dozen lines each, of folders that vanish while it begins to watch them.
-    warnings.filterwarnings("ignore", module="watchdog")
-
-    logging.basicConfig(level=logging.INFO, format="modelcask: %(message)s", stream=sys.stderr)
+    log_to_stderr(log_format)
+    notifier, _ = config.service_manager()
     effective = _configuration(config_path, root)
     with stopping_on_signals() as stop:
-        service = Service(Store.create(effective.store), effective.drops, stop)
-        watched = ", ".join(str(drop.path) for drop in effective.drops)
-        _wake_when_set(stop, service.noticed.set)
-        service.run(on_ready=lambda: logging.getLogger("modelcask").info("watching %s", watched))
+        service = Service(
+            Store.create(effective.store),
+            effective,
+            stop,
+            notifier=notifier,
+            reload=lambda: _configuration(config_path, root),
+        )
+        # From a terminal that is closed, SIGHUP means the end, as for other programs.
+        if not sys.stdin.isatty():
+            signal.signal(signal.SIGHUP, lambda _number, _frame: service.reload())
+        _wake_when_set(stop, service.wake)
+        service.run()
 
 
 @click.command("up")
@@ -142,53 +141,9 @@ def up_command(config_path: Path | None, root: Path | None) -> None:
         keep_running(children, stop=stop, say=lambda text: click.echo(f"modelcask: {text}", err=True))
 
 
-@click.command("status")
-@store_option
-@json_option
-def status_command(root: Path, *, as_json: bool) -> None:
-    """Show what is mounted, what is being imported, and what is still missing of a drop."""
-    store = existing_store(root)
-    pid = sole_holder(store.leases)
-    mounts = mounts_of(store.root)
-    try:
-        index = store.index_for_looking()
-        drops = index.drops() if index is not None else []
-    except IndexFailed as error:
-        click.echo(f"modelcask: {error}", err=True)  # the rest can be told all the same
-        drops = []
-    if as_json:
-        print_json(
-            {
-                "daemon": {"running": pid is not None, "pid": pid},
-                "mounts": [str(mount.mountpoint) for mount in mounts],
-                "imports": [
-                    {
-                        "name": drop.name,
-                        "state": drop.state,
-                        "done_bytes": drop.done_bytes,
-                        "total_bytes": drop.total_bytes,
-                        "error": drop.error,
-                    }
-                    for drop in drops
-                ],
-            }
-        )
-        return
-    click.echo(f"daemon  {f'watching (process {pid})' if pid else 'not running'}")
-    click.echo(f"mounts  {', '.join(str(mount.mountpoint) for mount in mounts) or 'none'}")
-    if drops:
-        click.echo()
-        rows = [
-            (drop.name, drop.state, _how_far(drop.done_bytes, drop.total_bytes), drop.error or "") for drop in drops
-        ]
-        print_table(("NAME", "STATE", "DONE", ""), rows, right=(2,))
-
-
 def _configuration(path: Path | None, root: Path | None) -> Config:
     effective = config.load(path)
-    if any(drop.after == "delete" for drop in effective.drops):
-        raise InvalidConfig(path or config.default_path(), 'after = "delete" is not there yet; write "keep"')
-    return Config(root or effective.store, effective.mount, effective.drops)
+    return replace(effective, store=root) if root is not None else effective
 
 
 def _make_mountpoint(directory: Path) -> None:
@@ -205,7 +160,3 @@ def _wake_when_set(event: Any, wake: Callable[[], None]) -> None:
         wake()
 
     threading.Thread(target=wait, name="wake", daemon=True).start()
-
-
-def _how_far(done: int, total: int) -> str:
-    return f"{size_text(done)} of {size_text(total)}" if total else ""

@@ -1,0 +1,181 @@
+"""Importing one drop: what the service does with it once it has settled, and what it says of it."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from modelcask import importer, settle
+from modelcask.digest import Digest
+from modelcask.drops import Found
+from modelcask.errors import (
+    CorruptBlob,
+    Interrupted,
+    InvalidModelFolder,
+    InvalidName,
+    InvalidSafetensors,
+    ModelcaskError,
+    SourceChanged,
+    disk_error,
+    printable,
+)
+from modelcask.index import Drop
+from modelcask.manifests import StoredManifest
+from modelcask.names import ModelName
+from modelcask.plan import ImportPlan
+from modelcask.removal import NotRemoved, remove_drop
+from modelcask.store import Store
+
+log = logging.getLogger("modelcask")
+
+Save = Callable[[Drop], None]
+
+# Progress is written to the index this often.
+_PROGRESS = 0.5
+
+
+@dataclass(frozen=True, slots=True)
+class ImportOutcome:
+    """What became of a drop.
+
+    Attributes:
+        row: its last row.
+        passing_fault: whether it failed by no fault of its own, so that it may succeed unchanged.
+    """
+
+    row: Drop
+    passing_fault: bool = False
+
+
+def import_drop(
+    store: Store, found: Found, fingerprint: str, plan: ImportPlan, *, save: Save, stop: threading.Event
+) -> ImportOutcome:
+    """Import a drop, and remove it where its directory says so.
+
+    Args:
+        fingerprint: of the drop as it was planned.
+        save: told how far it is, now and then, and the outcome.
+        stop: when set, it ends soon; the next start goes on.
+    """
+    work = _Work(store, found, save, stop)
+
+    def run() -> Drop:
+        log.info("%s: importing %s", found.name, printable(str(found.path)), extra={"model": found.name})
+        results = importer.run_import(store, plan, report=work.report, stop=stop)
+        for result in results:
+            log.info(
+                "%s: imported, %d bytes new, %d shared, in %.1f s",
+                result.name,
+                result.new_bytes,
+                result.reused_bytes,
+                result.seconds,
+                extra={"model": str(result.name), "new_bytes": result.new_bytes, "seconds": round(result.seconds, 3)},
+            )
+        directory = found.directory
+        if directory.after == "delete" and (plan.quantize is None or directory.delete_quantized):
+            store.index.begin_removal(found.path, {str(result.name): result.manifest for result in results})
+            return work.remove(fingerprint)
+        return work.row(fingerprint, "imported")
+
+    return work.outcome(run, fingerprint)
+
+
+def finish_removal(store: Store, found: Found, *, save: Save, stop: threading.Event) -> ImportOutcome:
+    """Go on removing an imported drop where the last watcher was interrupted. Arguments as of `import_drop`."""
+    work = _Work(store, found, save, stop)
+    fingerprint = settle.fingerprint(found.path)
+    return work.outcome(lambda: work.remove(fingerprint), fingerprint)
+
+
+class _Work:
+    """The work on one drop, and its progress."""
+
+    def __init__(self, store: Store, found: Found, save: Save, stop: threading.Event) -> None:
+        self._store = store
+        self._found = found
+        self._save = save
+        self._stop = stop
+        self._lock = threading.Lock()
+        self._saved = 0.0
+        self._total = 0
+
+    def report(self, done: int, total: int) -> None:
+        """Save how far it is, not too often."""
+        with self._lock:
+            self._total = total
+            now = time.monotonic()
+            if now - self._saved < _PROGRESS:
+                return
+            self._saved = now
+        self._save(Drop(self._found.path, self._found.name, "", "importing", done, total))
+
+    def row(self, fingerprint: str, state: str, error: str | None = None) -> Drop:
+        total = self._total if state == "imported" else 0
+        return Drop(self._found.path, self._found.name, fingerprint, state, total, total, error)
+
+    def outcome(self, run: Callable[[], Drop], fingerprint: str) -> ImportOutcome:
+        """What `run` came to; its errors are the drop's."""
+        outcome = self._outcome(run, fingerprint)
+        row = outcome.row
+        if row.state == "failed":
+            log.error("%s: failed: %s", row.name, row.error, extra={"model": row.name})
+        elif row.error:
+            log.warning("%s: %s", row.name, row.error, extra={"model": row.name})
+        self._save(row)
+        return outcome
+
+    def _outcome(self, run: Callable[[], Drop], fingerprint: str) -> ImportOutcome:
+        try:
+            return ImportOutcome(run())
+        except Interrupted:
+            return ImportOutcome(self.row("", "settling", "interrupted, goes on at the next start"))
+        except (SourceChanged, CorruptBlob) as error:
+            # It changed while it was read, or a blob it counts on was quarantined: start over.
+            return ImportOutcome(self.row("", "settling", str(error)))
+        except (InvalidModelFolder, InvalidSafetensors, InvalidName) as error:
+            return ImportOutcome(self.row(fingerprint, "failed", str(error)))
+        except ModelcaskError as error:
+            return ImportOutcome(self.row("", "failed", str(error)), passing_fault=True)
+        except OSError as error:
+            return ImportOutcome(self.row("", "failed", disk_error(error)), passing_fault=True)
+        except Exception as error:  # a bug that one drop meets must not keep the others from being imported
+            log.exception("%s: this is a bug", self._found.name, extra={"model": self._found.name})
+            what = f"{type(error).__name__}: {error}"
+            return ImportOutcome(self.row(fingerprint, "failed", f"this is a bug: {what}; report the log's traceback"))
+
+    def remove(self, fingerprint: str) -> Drop:
+        """Remove the drop, as far as the store holds it. The last row of what stays."""
+        path = self._found.path
+        manifests = self._store.index.removals()[path]
+        try:
+            models = [self._stored(name, manifest) for name, manifest in manifests.items()]
+            stays = remove_drop(self._store, path, models, report=self.report, stop=self._stop)
+        except Interrupted:
+            raise
+        except SourceChanged:
+            self._store.index.end_removal(path)
+            raise
+        except ModelcaskError as error:
+            self._store.index.end_removal(path)
+            return self.row(fingerprint, "imported", f"not removed: {error}")
+        except OSError as error:
+            self._store.index.end_removal(path)
+            return self.row(settle.fingerprint(path), "imported", f"not removed: {disk_error(error)}")
+        self._store.index.end_removal(path)
+        stayed = f", {_few(stays)} stayed" if stays else ""
+        log.info("%s: removed the drop%s", self._found.name, stayed, extra={"model": self._found.name})
+        return self.row(settle.fingerprint(path), "imported", None)
+
+    def _stored(self, name: str, manifest: Digest) -> StoredManifest:
+        stored = self._store.manifests.read(ModelName.parse(name))
+        if stored.digest != manifest:
+            raise NotRemoved(self._found.path, f"{name} was replaced meanwhile")
+        return stored
+
+
+def _few(paths: Iterable[object]) -> str:
+    names = [printable(str(path)) for path in paths]
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
