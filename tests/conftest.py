@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from modelcask.store import Store
-from running import CommandLine
+from running import CommandLine, Watching
 
 ROOT = Path(__file__).parent.parent
 DATA = Path(__file__).parent / "data"
@@ -36,6 +36,14 @@ def cask(tmp_path: Path) -> CommandLine:
     home = tmp_path / "home"
     home.mkdir()
     return CommandLine(tmp_path / "store", home)
+
+
+@pytest.fixture
+def watching(cask: CommandLine) -> Iterator[Watching]:
+    watching = Watching(cask, "watch")
+    yield watching
+    if watching.process.poll() is None:
+        watching.end()
 
 
 @pytest.fixture

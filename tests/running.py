@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -77,6 +78,35 @@ class CommandLine:
             yield directory
         finally:
             self("umount", directory)
+
+
+class Watching:
+    """A running `watch` or `up`, and its drop directory."""
+
+    def __init__(self, cask: CommandLine, *command: str | Path) -> None:
+        self.cask = cask
+        self.home = Path(cask.environment["HOME"])
+        self.drops = self.home / "imports"
+        self.process: subprocess.Popen[str] = cask.start(*command)
+        wait_for(lambda: self.status()["daemon"]["running"] or self.process.poll() is not None)
+        if "--config" not in command:
+            wait_for(self.drops.is_dir)
+
+    def status(self) -> Any:
+        return self.cask("status", "--json").json
+
+    def states(self) -> dict[str, Any]:
+        return {each["name"]: each["state"] for each in self.status()["imports"]}
+
+    def error(self, name: str) -> str:
+        """What `status` says of a drop."""
+        return next((str(each["error"] or "") for each in self.status()["imports"] if each["name"] == name), "")
+
+    def end(self, number: int = signal.SIGINT) -> str:
+        """End it as ctrl-c does; what it said."""
+        self.process.send_signal(number)
+        _, said = self.process.communicate(timeout=10)
+        return said
 
 
 def blob_files(store: Path) -> dict[str, int]:

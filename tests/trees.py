@@ -47,3 +47,11 @@ def content(store: Store, node: Node) -> bytes:
     reader = SpanReader(store.blobs, max_open=2)
     assert reader.read(node.content, 0, memoryview(buffer)) == len(buffer)
     return bytes(buffer)
+
+
+def dropped_files(store: Store, name: str) -> dict[str, bytes]:
+    """The files of a stored model as `diffusers/` shows them; none if it is not there."""
+    folder = find(Tree(store), f"diffusers/{name.replace(':', '/')}")
+    if folder is None:
+        return {}
+    return {str(path): content(store, node) for path, node in walk(folder).items()}  # type: ignore[arg-type]

@@ -198,12 +198,15 @@ def check_components(folder: SourceFolder, model_index: Mapping[str, Any], shard
 
 
 def check_numbered_shards(folder: SourceFolder) -> None:
-    """Check that of shards named `…-00001-of-00003.safetensors` all three are there, index or not.
+    """Check that of shards named `…-00001-of-00003.safetensors` all three are there, and the index that clients need.
 
     Raises:
         InvalidModelFolder: names the first that is missing.
     """
     present = folder.by_path()
+    indexed = {
+        (path.parent, match["stem"]) for path in present if (match := _WEIGHTS_INDEX.fullmatch(path.name)) is not None
+    }
     for path in present:
         match = _WEIGHTS.fullmatch(path.name)
         if match is None or match["shard"] is None:
@@ -215,6 +218,12 @@ def check_numbered_shards(folder: SourceFolder) -> None:
                 raise InvalidModelFolder(
                     folder.root / sibling, f"is missing, {path.name} is one of {int(total)}", "complete the download"
                 )
+        if int(total) > 1 and (path.parent, match["stem"]) not in indexed:
+            raise InvalidModelFolder(
+                folder.root / path.parent / f"{match['stem']}.safetensors.index.json",
+                f"is missing, {path.name} is one of {int(total)}",
+                "complete the download",
+            )
 
 
 def check_shard_index(folder: SourceFolder, file: SourceFile) -> None:

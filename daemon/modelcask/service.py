@@ -166,7 +166,7 @@ class Service:
         for drop in self._drops.values():
             if self._stop.is_set():
                 return
-            if drop.job is None and (everything or drop.due <= time.monotonic()):
+            if drop.job is None and (everything or drop.due <= time.monotonic()) and not self._is_away(drop.found.path):
                 self._look_at(drop)
 
     def _watch_directories(self) -> None:
@@ -184,23 +184,19 @@ class Service:
             self._forget(path)
         for path, reason in unavailable.items():
             if self._unavailable.get(path) != reason:
-                log.warning(
-                    "%s: cannot be watched: %s; it is watched as soon as it can be", printable(str(path)), reason
-                )
-                self._save(
-                    Drop(path, str(path), "", "settling", error=f"this drop directory cannot be watched: {reason}")
-                )
+                log.warning("%s: cannot be watched yet: %s", printable(str(path)), reason)
+                self._save(Drop(path, str(path), "", "settling", error=f"a drop directory, not there yet: {reason}"))
         self._unavailable = unavailable
 
     def _find(self) -> None:
         """Find the drops that came and forget those that went. What a directory that is away held is kept."""
         found_now: dict[Path, Found] = {}
-        away: list[Path] = list(self._unavailable)
         for directory in self._config.drops:
             try:
                 found_now |= {found.path: found for found in find_drops(directory)}
-            except OSError:
-                away.append(directory.path)  # the next round tells why
+            except OSError as error:
+                # Gone since it was last watched; the next round tells.
+                self._unavailable.setdefault(directory.path, disk_error(error))
         for path, found in found_now.items():
             drop = self._drops.get(path)
             if drop is None:
@@ -210,10 +206,14 @@ class Service:
         gone = (self._drops.keys() | self._remembered.keys()) - found_now.keys()
         for path in gone:
             held = path in self._drops and self._drops[path].job is not None
-            if not held and not any(path.is_relative_to(directory) for directory in away):
+            if not held and not self._is_away(path):
                 self._drops.pop(path, None)
                 self._remembered.pop(path, None)
                 self._forget(path)
+
+    def _is_away(self, path: Path) -> bool:
+        """Whether a drop lies in a directory that is not there now."""
+        return any(path.is_relative_to(directory) for directory in self._unavailable)
 
     def _look_at(self, drop: _Tracked) -> None:
         """Look at one drop, and queue its import if it has settled."""

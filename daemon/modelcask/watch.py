@@ -11,10 +11,10 @@ import errno
 import logging
 import os
 import threading
-import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 from watchdog.events import (
     DirCreatedEvent,
@@ -53,6 +53,23 @@ _WRITERS_EVENTS: list[type[FileSystemEvent]] = [
 # What another machine, or a process in user space, writes to these raises no event here (inotify(7), "Limitations").
 _WITHOUT_EVENTS = ("nfs", "cifs", "smb", "9p", "fuse", "virtiofs", "ceph", "glusterfs", "lustre", "afs", "vboxsf")
 _POLL_SECONDS = 2.0
+_NO_WATCHES_LEFT = (errno.ENOSPC, errno.EMFILE)
+_LIMIT_REACHED = (
+    "%s: the kernel's limit of inotify watches is reached, looking every %g s instead; raise "
+    "fs.inotify.max_user_watches (sysctl) and start again"
+)
+
+
+# After an overflow watchdog sets all watches anew, which raises an event for each: with more watches than the queue has
+# places that overflows again, and so on. So many lines of its log in one round, and events are given up.
+_OVERFLOWS_BORNE = 8
+_OVERFLOWS = (
+    "%s: events come faster than they can be taken, looking every %g s instead; raise fs.inotify.max_queued_events"
+)
+
+
+class _Note(Protocol):
+    def __call__(self, paths: Iterable[Path], *, grown: bool) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,8 +93,10 @@ class Watcher:
         self._lock = threading.Lock()
         self._paths: set[Path] = set()
         self._everything = True
+        self._grown = False
+        self._overflowed = 0
         self._followed: dict[Path, _Followed] = {}
-        self._overflows = _OverflowLog(self._lose_track)
+        self._overflows = _OverflowLog(self._overflow)
         logging.getLogger("watchdog").addHandler(self._overflows)
         logging.getLogger("watchdog").propagate = False
 
@@ -106,6 +125,14 @@ class Watcher:
                     self._followed.pop(path).close()
                     self._lose_track()
                 failed[path] = (error.strerror or str(error)).lower()
+        with self._lock:
+            grown, self._grown = self._grown, False
+            overflows, self._overflowed = self._overflowed, 0
+        if overflows > _OVERFLOWS_BORNE:
+            for path in [path for path, followed in self._followed.items() if followed.on_events]:
+                self._turn_to_polling(path, _OVERFLOWS)
+        elif grown:
+            self._check_limits()
         return failed
 
     def take(self) -> Changes:
@@ -131,42 +158,61 @@ class Watcher:
             polling = kind.startswith(_WITHOUT_EVENTS)
             if polling:
                 log.info("%s: lies on %s, where events do not arrive; looking every %g s", path, kind, _POLL_SECONDS)
-        self._followed[path] = _Followed(identity, self._observe(path, polling=polling))
+        observer = None if polling else self._inotify(path)
+        self._followed[path] = _Followed(identity, observer or self._polling(path), on_events=observer is not None)
         self._lose_track()
 
-    def _observe(self, path: Path, *, polling: bool) -> BaseObserver:
-        if not polling:
-            observer = Observer()
-            try:
-                self._start(observer, path)
-                # Folders below are passed over silently where the limit is reached; one more tells.
-                observer.schedule(FileSystemEventHandler(), os.sep, event_filter=[DirDeletedEvent])
-                return observer
-            except OSError as error:
-                observer.stop()
-                if error.errno not in (errno.ENOSPC, errno.EMFILE):
-                    raise
-                log.warning(
-                    "%s: the kernel's limit of inotify watches is reached, looking every %g s instead; raise "
-                    "fs.inotify.max_user_watches (sysctl) and start again",
-                    printable(str(path)),
-                    _POLL_SECONDS,
-                )
+    def _inotify(self, path: Path) -> BaseObserver | None:
+        """An observer by events; None where the kernel has no watches left for it."""
+        observer = Observer()
+        try:
+            self._start(observer, path)
+            _probe(observer)
+        except OSError as error:
+            observer.stop()
+            if error.errno not in _NO_WATCHES_LEFT:
+                raise
+            log.warning(_LIMIT_REACHED, printable(str(path)), _POLL_SECONDS)
+            return None
+        return observer
+
+    def _polling(self, path: Path) -> BaseObserver:
         observer = PollingObserver(timeout=_POLL_SECONDS)
         self._start(observer, path)
         return observer
 
+    def _check_limits(self) -> None:
+        """Turn to polling what has grown beyond the kernel's watches."""
+        for path, followed in list(self._followed.items()):
+            try:
+                if followed.on_events:
+                    _probe(followed.observer)
+            except OSError as error:
+                if error.errno not in _NO_WATCHES_LEFT:
+                    raise
+                self._turn_to_polling(path, _LIMIT_REACHED)
+
+    def _turn_to_polling(self, path: Path, why: str) -> None:
+        log.warning(why, printable(str(path)), _POLL_SECONDS)
+        followed = self._followed.pop(path)
+        followed.close()
+        self._followed[path] = _Followed(followed.identity, self._polling(path), on_events=False)
+        self._lose_track()
+
     def _start(self, observer: BaseObserver, path: Path) -> None:
         observer.start()
-        with warnings.catch_warnings():
-            # watchdog 7 warns, a dozen lines each, of folders that vanish while it begins to watch them.
-            warnings.simplefilter("ignore")
-            observer.schedule(_Handler(self._note), str(path), recursive=True, event_filter=_WRITERS_EVENTS)
+        observer.schedule(_Handler(self._note), str(path), recursive=True, event_filter=_WRITERS_EVENTS)
 
-    def _note(self, *paths: Path) -> None:
+    def _note(self, paths: Iterable[Path], *, grown: bool) -> None:
         with self._lock:
             self._paths.update(paths)
+            self._grown |= grown
         self._noticed()
+
+    def _overflow(self) -> None:
+        with self._lock:
+            self._overflowed += 1
+        self._lose_track()
 
     def _lose_track(self) -> None:
         with self._lock:
@@ -180,10 +226,12 @@ class _Followed:
 
     Attributes:
         identity: its device and inode, so that one that comes in its place is told from it, and how it is watched.
+        on_events: whether by inotify.
     """
 
     identity: tuple[int, int, bool | None]
     observer: BaseObserver
+    on_events: bool
 
     def close(self) -> None:
         self.observer.stop()
@@ -191,11 +239,17 @@ class _Followed:
 
 
 class _Handler(FileSystemEventHandler):
-    def __init__(self, note: Callable[..., None]) -> None:
+    def __init__(self, note: _Note) -> None:
         self._note = note
 
     def on_any_event(self, event: FileSystemEvent) -> None:
-        self._note(*(Path(os.fsdecode(path)) for path in (event.src_path, event.dest_path) if path))
+        paths = [Path(os.fsdecode(path)) for path in (event.src_path, event.dest_path) if path]
+        self._note(paths, grown=isinstance(event, DirCreatedEvent | DirMovedEvent))
+
+
+def _probe(observer: BaseObserver) -> None:
+    """Raise OSError if the kernel has no watch left. watchdog passes folders over silently for which it has none."""
+    observer.unschedule(observer.schedule(FileSystemEventHandler(), os.sep, event_filter=[DirDeletedEvent]))
 
 
 class _OverflowLog(logging.Handler):
@@ -206,5 +260,6 @@ class _OverflowLog(logging.Handler):
         self._lost = lost
 
     def emit(self, record: logging.LogRecord) -> None:
-        log.log(record.levelno, "%s", record.getMessage())
+        if record.levelno > logging.WARNING:
+            log.log(record.levelno, "%s", record.getMessage())
         self._lost()

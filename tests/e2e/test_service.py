@@ -5,43 +5,12 @@ from __future__ import annotations
 import os
 import shutil
 import signal
-import subprocess
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from folders import files_of, write_model
-from running import CommandLine, serving, wait_for
-
-
-class Watching:
-    """A running `watch` or `up`, and its drop directory."""
-
-    def __init__(self, cask: CommandLine, command: str) -> None:
-        self.cask = cask
-        self.home = Path(cask.environment["HOME"])
-        self.drops = self.home / "imports"
-        self.process: subprocess.Popen[str] = cask.start(command)
-        wait_for(lambda: cask("status", "--json").json["daemon"]["running"])
-
-    def states(self) -> dict[str, Any]:
-        return {each["name"]: each["state"] for each in self.cask("status", "--json").json["imports"]}
-
-    def end(self, number: int = signal.SIGINT) -> str:
-        """End it as ctrl-c does; what it said."""
-        self.process.send_signal(number)
-        _, said = self.process.communicate(timeout=10)
-        return said
-
-
-@pytest.fixture
-def watching(cask: CommandLine) -> Iterator[Watching]:
-    watching = Watching(cask, "watch")
-    yield watching
-    if watching.process.poll() is None:
-        watching.end()
+from running import CommandLine, Watching, serving, wait_for
 
 
 def test_a_folder_that_is_dropped_is_imported(watching: Watching, tmp_path: Path) -> None:

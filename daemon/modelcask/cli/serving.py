@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -95,6 +96,8 @@ def watch_command(config_path: Path | None, root: Path | None, log_format: LogFo
     """
     from modelcask.service import Service
 
+    # watchdog 7 warns, a dozen lines each, of folders that vanish or move while it begins to watch them.
+    warnings.filterwarnings("ignore", module="watchdog")
     log_to_stderr(log_format)
     notifier, _ = config.service_manager()
     effective = _configuration(config_path, root)
