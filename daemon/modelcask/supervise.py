@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import signal
 import subprocess
 import threading
 import time
@@ -11,6 +13,8 @@ from dataclasses import dataclass, field
 from modelcask.errors import ModelcaskError, printable
 
 _STOP_SECONDS = 10.0
+_PR_SET_PDEATHSIG = 1
+_libc = ctypes.CDLL(None)
 # A process that dies this often in a row, each time sooner than it takes to be useful, will not recover by itself.
 _QUICK_DEATHS = 3
 _QUICK_SECONDS = 5.0
@@ -47,7 +51,7 @@ class Child:
     def start(self) -> None:
         self.started = time.monotonic()
         # A session of its own: ctrl-c reaches the supervisor alone, which ends its children in order.
-        self.process = subprocess.Popen(self.command, start_new_session=True)
+        self.process = subprocess.Popen(self.command, start_new_session=True, preexec_fn=_end_with_parent)
 
 
 def keep_running(children: Sequence[Child], *, stop: threading.Event, say: Callable[[str], None]) -> None:
@@ -68,6 +72,11 @@ def keep_running(children: Sequence[Child], *, stop: threading.Event, say: Calla
     finally:
         for child in reversed(children):
             _end(child, say)
+
+
+def _end_with_parent() -> None:
+    """Have the kernel send SIGTERM when the supervisor dies, however it does (prctl(2), PR_SET_PDEATHSIG)."""
+    _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def _restart(child: Child, status: int, say: Callable[[str], None]) -> None:

@@ -5,12 +5,19 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from folders import files_of, write_model
+from modelcask.digest import Digest
+from modelcask.store import Store
 from running import CommandLine, Watching, serving, wait_for
+from trees import dropped_files
 
 
 def test_a_folder_that_is_dropped_is_imported(watching: Watching, tmp_path: Path) -> None:
@@ -147,3 +154,174 @@ def test_up_gives_up_where_a_child_cannot_run(cask: CommandLine) -> None:
     said = cask("up", status=1).err
     assert "is not empty" in said
     assert "ended with exit status 1 3 times in a row" in said.splitlines()[-1]
+
+
+@pytest.fixture
+def configured(cask: CommandLine, tmp_path: Path) -> Iterator[Callable[[str], Watching]]:
+    """`watch` with a configuration, its drop directory ~/imports; ended with the test."""
+    started: list[Watching] = []
+    drops = Path(cask.environment["HOME"]) / "imports"
+    drops.mkdir()
+
+    def watch(options: str) -> Watching:
+        (tmp_path / "config.toml").write_text(f'[[drop]]\npath = "{drops}"\n{options}\n')
+        started.append(Watching(cask, "watch", "--config", tmp_path / "config.toml"))
+        return started[-1]
+
+    yield watch
+    for watching in started:
+        if watching.process.poll() is None:
+            watching.end()
+
+
+def test_a_drop_is_removed_after_its_import_but_for_what_was_left_out(
+    cask: CommandLine, configured: Callable[[str], Watching], tmp_path: Path
+) -> None:
+    watching = configured('after = "delete"')
+    folder = write_model(tmp_path / "m", shards=2, variants=["fp16"])
+    expected = files_of(folder)
+    (folder / "vae" / "old.ckpt").write_text("a pickle")
+    folder.rename(watching.drops / "m")
+    wait_for(lambda: files_of(watching.drops / "m") == {"vae/old.ckpt": b"a pickle"})
+    assert os.listdir(watching.drops / "m") == ["vae"], "emptied folders are gone"  # noqa: PTH208
+    wait_for(lambda: watching.states() == {"library/m:latest": "imported"})
+    store = Store.open(cask.store)
+    assert dropped_files(store, "library/m:latest") | dropped_files(store, "library/m:fp16") == expected
+    write_model(tmp_path / "n", transformer="n").rename(watching.drops / "n")
+    wait_for(lambda: not (watching.drops / "n").exists() and "library/n:latest" not in watching.states())
+    again = write_model(tmp_path / "m")
+    shutil.copytree(again, watching.drops / "m", dirs_exist_ok=True)
+    wait_for(lambda: files_of(watching.drops / "m") == {"vae/old.ckpt": b"a pickle"})
+
+
+def test_a_drop_is_kept_if_the_store_does_not_give_it_back(
+    cask: CommandLine, configured: Callable[[str], Watching], tmp_path: Path
+) -> None:
+    folder = write_model(tmp_path / "m")
+    cask("import", folder)
+    damaged = max((cask.store / "blobs").iterdir(), key=lambda path: path.stat().st_size)
+    damaged.chmod(0o644)
+    data = bytearray(damaged.read_bytes())
+    data[-1] ^= 1
+    damaged.write_bytes(data)  # of the right size, so that the import trusts it
+    expected = files_of(folder)
+    watching = configured('after = "delete"')
+    folder.rename(watching.drops / "m")
+    wait_for(lambda: "differs from it" in watching.error("library/m:latest"))
+    assert watching.states() == {"library/m:latest": "imported"}
+    assert files_of(watching.drops / "m") == expected
+
+
+def test_a_quantized_drop_is_removed_only_if_that_is_asked_for(
+    configured: Callable[[str], Watching], tmp_path: Path
+) -> None:
+    watching = configured('after = "delete"\nquantize = "int8"')
+    write_model(tmp_path / "m").rename(watching.drops / "m")
+    wait_for(lambda: watching.states() == {"library/m:int8": "imported"})
+    watching.end()
+    assert len(files_of(watching.drops / "m")) > 5
+    watching = configured('after = "delete"\nquantize = "int8"\ndelete_quantized = true')
+    write_model(tmp_path / "n").rename(watching.drops / "n")
+    wait_for(lambda: not (watching.drops / "n").exists())
+    assert len(files_of(watching.drops / "m")) > 5, "what was imported before stays as it was said then"
+
+
+def test_a_removal_that_was_interrupted_goes_on(
+    cask: CommandLine, configured: Callable[[str], Watching], tmp_path: Path
+) -> None:
+    watching = configured('after = "delete"')
+    watching.end()
+    folder = write_model(tmp_path / "m")
+    (result,) = cask("import", folder, "--json").json
+    (folder / "model_index.json").unlink()  # as if it had begun
+    folder.rename(watching.drops / "m")
+    store = Store.open(cask.store)
+    store.index.begin_removal(watching.drops / "m", {result["name"]: Digest.parse(result["manifest"])})
+    store.index.close()
+    watching = configured('after = "delete"')
+    wait_for(lambda: not (watching.drops / "m").exists())
+    wait_for(lambda: watching.states() == {})
+
+
+def test_the_configuration_is_read_again_and_a_faulty_one_refused(
+    configured: Callable[[str], Watching], tmp_path: Path
+) -> None:
+    watching = configured("")
+    config = tmp_path / "config.toml"
+    other = tmp_path / "other"
+    good = config.read_text()
+    config.write_text(good + "quantise = 'int4'\n")
+    watching.process.send_signal(signal.SIGHUP)
+    write_model(tmp_path / "m").rename(watching.drops / "m")
+    wait_for(lambda: watching.states() == {"library/m:latest": "imported"})
+    config.write_text(f'{good}[[drop]]\npath = "{other}"\nquantize = "int8"\n')
+    watching.process.send_signal(signal.SIGHUP)
+    wait_for(other.is_dir)
+    write_model(tmp_path / "n").rename(other / "n")
+    wait_for(lambda: watching.states() == {"library/m:latest": "imported", "library/n:int8": "imported"})
+    config.write_text(f'[[drop]]\npath = "{other}"\nquantize = "int8"\n')
+    watching.process.send_signal(signal.SIGHUP)
+    wait_for(lambda: watching.states() == {"library/n:int8": "imported"})
+    said = watching.end()
+    assert f"{config}: drop 1: quantise: no such key" in said
+    assert "the configuration stays as it was" in said
+
+
+def test_the_service_manager_is_told(cask: CommandLine, tmp_path: Path) -> None:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+        manager.bind(str(tmp_path / "notify"))
+        manager.settimeout(20)
+        cask.environment["NOTIFY_SOCKET"] = str(tmp_path / "notify")
+        process = cask.start("watch")
+        told: list[str] = []
+
+        def tells(line: str) -> bool:
+            while not any(each.startswith(line) for each in told):
+                told.extend(manager.recv(4096).decode().splitlines())
+            return True
+
+        assert tells("READY=1")
+        assert tells("WATCHDOG=1")
+        drops = Path(cask.environment["HOME"]) / "imports"
+        folder = write_model(tmp_path / "m")
+        (folder / "vae" / "config.json").rename(tmp_path / "held")
+        folder.rename(drops / "m")
+        assert tells("STATUS=1 settling")
+        (tmp_path / "held").rename(drops / "m" / "vae" / "config.json")
+        assert tells("STATUS=1 imported")
+        process.send_signal(signal.SIGHUP)
+        assert tells("RELOADING=1")
+        process.terminate()
+        assert tells("STOPPING=1")
+        process.communicate(timeout=10)
+
+
+def test_status_can_be_followed(cask: CommandLine, watching: Watching, tmp_path: Path) -> None:
+    write_model(tmp_path / "m").rename(watching.drops / "m")
+    following = subprocess.Popen(
+        [sys.executable, "-u", "-m", "modelcask", "status", "--follow"],
+        stdout=subprocess.PIPE,
+        text=True,
+        env=cask.environment,
+    )
+    assert following.stdout is not None
+    with following.stdout:
+        for line in following.stdout:
+            if line == "library/m:latest: imported\n":
+                break
+    following.send_signal(signal.SIGINT)
+    assert following.wait(10) == 0
+
+
+@pytest.mark.fuse
+@pytest.mark.usefixtures("fuse")
+def test_the_children_of_an_up_that_is_killed_end(cask: CommandLine) -> None:
+    up = Watching(cask, "up")
+    models = up.home / "models"
+    try:
+        wait_for((models / "diffusers").is_dir)
+        up.process.kill()
+        up.process.communicate(timeout=10)
+        wait_for(lambda: not up.status()["daemon"]["running"] and not models.is_mount())
+    finally:
+        subprocess.run(["umount", "-l", models], check=False, capture_output=True)
