@@ -141,7 +141,8 @@ class Service:
             self._look_around()
             self._tell_status()
             # Never longer than a round: what cannot raise an event is found by coming round.
-            due = min((drop.due for drop in self._drops.values() if drop.job is None), default=math.inf)
+            waiting = (drop for drop in self._drops.values() if drop.job is None and not self._is_away(drop.found.path))
+            due = min((drop.due for drop in waiting), default=math.inf)
             if self._noticed.wait(min(_ROUND, max(0.0, due - time.monotonic()))):
                 self._noticed.clear()
                 # What is noticed comes in bursts; one look serves for all of half a second.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import signal
 import sys
 import threading
 import time
@@ -91,25 +90,6 @@ def progress(what: str, *, quiet: bool) -> Iterator[Callable[[int, int], None]]:
             yield report
     else:
         yield _plain_lines(what)
-
-
-@contextmanager
-def stopping_on_signals() -> Iterator[threading.Event]:
-    """An event that SIGINT, SIGTERM and SIGHUP set while the body runs; a second SIGINT kills as usual."""
-    stop = threading.Event()
-    previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
-
-    def handle(_number: int, _frame: Any) -> None:
-        stop.set()
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
-
-    for number in previous:
-        signal.signal(number, handle)
-    try:
-        yield stop
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
 
 
 @contextmanager

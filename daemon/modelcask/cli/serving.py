@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
+import threading
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
@@ -15,7 +16,8 @@ import click
 
 from modelcask import config
 from modelcask.cli.logs import LogFormat, log_to_stderr
-from modelcask.cli.output import existing_store, stopping_on_signals, store_option
+from modelcask.cli.output import existing_store, store_option
+from modelcask.cli.signals import acting_on_signals, stopping_on_signals
 from modelcask.config import Config
 from modelcask.mounts import current_mounts, unmount
 from modelcask.store import Store
@@ -101,18 +103,17 @@ def watch_command(config_path: Path | None, root: Path | None, log_format: LogFo
     log_to_stderr(log_format)
     notifier, _ = config.service_manager()
     effective = _configuration(config_path, root)
-    with stopping_on_signals() as stop:
-        service = Service(
-            Store.create(effective.store),
-            effective,
-            stop,
-            notifier=notifier,
-            reload=lambda: _configuration(config_path, root),
-        )
-        # From a terminal that is closed, SIGHUP means the end, as for other programs.
-        if not sys.stdin.isatty():
-            signal.signal(signal.SIGHUP, lambda _number, _frame: service.reload())
-        _wake_when_set(stop, service.wake)
+    stop = threading.Event()
+    store = Store.create(effective.store)
+    service = Service(store, effective, stop, notifier=notifier, reload=lambda: _configuration(config_path, root))
+
+    def end() -> None:
+        stop.set()
+        service.wake()
+
+    # From a terminal that is closed, SIGHUP means the end, as for other programs.
+    hang_up = end if sys.stdin.isatty() else service.reload
+    with acting_on_signals({signal.SIGINT: end, signal.SIGTERM: end, signal.SIGHUP: hang_up}):
         service.run()
 
 
@@ -152,14 +153,3 @@ def _configuration(path: Path | None, root: Path | None) -> Config:
 def _make_mountpoint(directory: Path) -> None:
     if not any(mount.mountpoint == directory for mount in current_mounts()):
         directory.mkdir(parents=True, exist_ok=True)
-
-
-def _wake_when_set(event: Any, wake: Callable[[], None]) -> None:
-    """Call `wake` once `event` is set, so that who waits for something else looks at it."""
-    import threading
-
-    def wait() -> None:
-        event.wait()
-        wake()
-
-    threading.Thread(target=wait, name="wake", daemon=True).start()

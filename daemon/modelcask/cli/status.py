@@ -16,10 +16,10 @@ from modelcask.cli.output import (
     json_option,
     print_json,
     size_text,
-    stopping_on_signals,
     store_option,
     table_lines,
 )
+from modelcask.cli.signals import stopping_on_signals
 from modelcask.errors import IndexFailed, printable
 from modelcask.index import Drop
 from modelcask.leases import sole_holder

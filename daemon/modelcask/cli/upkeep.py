@@ -14,9 +14,9 @@ from modelcask.cli.output import (
     print_json,
     progress,
     size_text,
-    stopping_on_signals,
     store_option,
 )
+from modelcask.cli.signals import stopping_on_signals
 from modelcask.errors import printable
 from modelcask.facts import image_model
 from modelcask.names import ModelName
