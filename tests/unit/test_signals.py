@@ -10,7 +10,7 @@ _ENDED_OFTEN = """
 import os, random, signal, threading, time
 from modelcask.cli.signals import stopping_on_signals
 
-for _ in range(1000):
+for _ in range(200):
     with stopping_on_signals() as stop:
         pause = random.random() / 1000
         sender = threading.Thread(target=lambda: (time.sleep(pause), os.kill(os.getpid(), signal.SIGTERM)))
