@@ -48,8 +48,6 @@ log = logging.getLogger("modelcask")
 Report = Callable[[int, int], None]
 
 _THREADS = max(2, min(8, os.cpu_count() or 2))
-# Bytes a thread from which hashing in pairs saves more than loading its kernel takes, 60 ms.
-_PAIRING_PAYS = 256 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,7 +143,7 @@ class _Work:
         self.sources = {file.path: file for model in self.plan.models for file in model.files}
         self.total_bytes = sum(shard.file.size for shard in self.shards.values())
         self.total_bytes += sum(file.size for file in self.sources.values())
-        kernel = paired_sha256.kernel() if self.total_bytes >= _THREADS * _PAIRING_PAYS else None
+        kernel = paired_sha256.kernel_for(self.total_bytes, threads=_THREADS)
         self.ranges = RangeStore(self.ingestion, self.store, self.stop, self._advance, kernel=kernel)
 
     def store_sources(self) -> None:
