@@ -2,7 +2,7 @@
 
 The sha256 instructions of an x86 CPU take four cycles each, and a new one can begin every two; but each needs the
 result of the one before, so hashing one thing leaves half of the unit idle. Here two hashes go through one
-loop: 3.5 GB/s together on a core of an EPYC (Zen 4), hashlib alone 1.8. Three at once are no faster: their
+loop: 3.5 GB/s together on a core of an EPYC (Zen 4), hashlib alone 1.8. Three at once are slower, 2.7: their
 message words do not fit the sixteen registers.
 
 The loop is LLVM IR, compiled by llvmlite, which numba brings along: loading that takes 60 ms and 50 MiB,
