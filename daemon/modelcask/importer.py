@@ -1,8 +1,8 @@
 """The importer: writes the blobs of a plan, then commits its manifests.
 
-As many workers as there are cores store tensors and files (`range_store`); hashing, quantizing, reading and
-writing release the GIL. Nothing is visible of an import before its manifests are committed, and nothing of it
-is left in `tmp/` if it fails.
+As many threads as there are cores store tensors and files, two at a time each (`range_store`, `lanes`); hashing,
+quantizing, reading and writing release the GIL. Nothing is visible of an import before its manifests are
+committed, and nothing of it is left in `tmp/` if it fails.
 """
 
 from __future__ import annotations
@@ -13,15 +13,16 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterable
-from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 
-from modelcask import source, upstream
+from modelcask import lanes, paired_sha256, source, upstream
 from modelcask.blobs import Ingestion
 from modelcask.digest import Digest
 from modelcask.errors import IndexFailed, Interrupted, InvalidModelFolder
+from modelcask.lanes import Hashing
 from modelcask.manifests import (
     CONFIG_TYPE,
     FILE_TYPE,
@@ -37,7 +38,7 @@ from modelcask.names import ModelName
 from modelcask.plan import MAX_JSON, ImportPlan, ModelPlan, Shard
 from modelcask.quantize import eligible, quantized_layout
 from modelcask.quantize.report import QuantizationReport
-from modelcask.range_store import WORKERS, RangeStore, SourceRange
+from modelcask.range_store import RangeStore, SourceRange
 from modelcask.safetensors_layout import TensorEntry, blob_header
 from modelcask.source import LeftOut, SourceFile
 from modelcask.store import Store
@@ -45,6 +46,8 @@ from modelcask.store import Store
 log = logging.getLogger("modelcask")
 
 Report = Callable[[int, int], None]
+
+_THREADS = max(2, min(8, os.cpu_count() or 2))
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,33 +136,33 @@ class _Work:
     costs: dict[str, tuple[float, float]] = field(default_factory=dict)
     files: dict[PurePosixPath, Layer] = field(default_factory=dict)
     done_bytes: int = 0
-    total_bytes: int = 0
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def __post_init__(self) -> None:
-        self.ranges = RangeStore(self.ingestion, self.store, self.stop, self._advance)
+        self.shards = {shard.file.path: shard for model in self.plan.models for shard in model.shards}
+        self.sources = {file.path: file for model in self.plan.models for file in model.files}
+        self.total_bytes = sum(shard.file.size for shard in self.shards.values())
+        self.total_bytes += sum(file.size for file in self.sources.values())
+        kernel = paired_sha256.kernel_for(self.total_bytes, threads=_THREADS)
+        self.ranges = RangeStore(self.ingestion, self.store, self.stop, self._advance, kernel=kernel)
 
     def store_sources(self) -> None:
         """Store the tensors of all shards and all other files, each once."""
-        shards = {shard.file.path: shard for model in self.plan.models for shard in model.shards}
-        files = {file.path: file for model in self.plan.models for file in model.files}
-        self.total_bytes = sum(shard.file.size for shard in shards.values()) + sum(f.size for f in files.values())
         self.report(0, self.total_bytes)
-        with ExitStack() as open_files, ThreadPoolExecutor(WORKERS, "import") as pool:
-            jobs: list[Future[None]] = []
+        with ExitStack() as open_files, ThreadPoolExecutor(_THREADS, "import") as pool:
+            jobs: list[Hashing[None]] = []
             try:
-                for shard in shards.values():
+                for shard in self.shards.values():
                     fd = open_files.enter_context(source.opened(shard.file))
                     os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_SEQUENTIAL)
                     self._advance(shard.layout.data_start)
-                    jobs.extend(pool.submit(self._store_tensor, fd, shard, tensor) for tensor in shard.layout.tensors)
-                jobs.extend(pool.submit(self._store_file, file) for file in files.values())
-                finished, _ = wait(jobs, return_when=FIRST_EXCEPTION)
-                for job in finished:
-                    job.result()
+                    jobs.extend(self._store_tensor(fd, shard, tensor) for tensor in shard.layout.tensors)
+                jobs.extend(self._store_file(file) for file in self.sources.values())
+                finished, _ = wait(lanes.start(jobs, pool, _THREADS), return_when=FIRST_EXCEPTION)
+                for thread in finished:
+                    thread.result()
             except BaseException:
                 self.ranges.give_up()
-                pool.shutdown(wait=False, cancel_futures=True)
                 raise
 
     def manifest(self, model: ModelPlan) -> Manifest:
@@ -218,7 +221,7 @@ class _Work:
             seconds=seconds,
         )
 
-    def _store_tensor(self, fd: int, shard: Shard, tensor: TensorEntry) -> None:
+    def _store_tensor(self, fd: int, shard: Shard, tensor: TensorEntry) -> Hashing[None]:
         header = blob_header(tensor.name, tensor.dtype, tensor.shape, tensor.nbytes)
         offset = shard.layout.data_start + tensor.begin
         range_ = SourceRange(fd, shard.file, header, offset, tensor.nbytes)
@@ -226,16 +229,17 @@ class _Work:
         key = (shard.file.path, tensor.name)
         qtype = self.plan.quantize
         if qtype is None or eligible(shard.component, tensor.name, tensor.dtype, tensor.shape, qtype) is not None:
-            self.tensors[key] = Layer(TENSOR_TYPE, self.ranges.store(range_), range_.blob_size, name)
+            digest = yield from self.ranges.store(range_)
+            self.tensors[key] = Layer(TENSOR_TYPE, digest, range_.blob_size, name)
             return
         layout = quantized_layout(tensor.name, tensor.dtype, tensor.shape, qtype)
-        done = self.ranges.store_quantized(range_, tensor.dtype, layout)
+        done = yield from self.ranges.store_quantized(range_, tensor.dtype, layout)
         self.tensors[key] = Layer(TENSOR_TYPE, done.blob, layout.size, name)
         self.costs[name] = (done.squared_error, done.squared_source)
 
-    def _store_file(self, file: SourceFile) -> None:
+    def _store_file(self, file: SourceFile) -> Hashing[None]:
         with source.opened(file) as fd:
-            digest = self.ranges.store(SourceRange(fd, file, b"", 0, file.size))
+            digest = yield from self.ranges.store(SourceRange(fd, file, b"", 0, file.size))
         self.files[file.path] = Layer(FILE_TYPE, digest, file.size, str(file.path))
 
     def _put(self, media_type: str, name: str, data: bytes) -> Layer:

@@ -7,37 +7,32 @@ model again stores it anew.
 from __future__ import annotations
 
 import errno
-import hashlib
 import logging
 import os
 import threading
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
-from typing import Protocol
 
 import xxhash
 
-from modelcask import durable, leases
+from modelcask import durable, lanes, leases, paired_sha256
 from modelcask.digest import Digest
 from modelcask.errors import InvalidManifest
+from modelcask.lanes import Hashing, ToHash
 from modelcask.manifests import StoredManifest
 from modelcask.names import ModelName
 from modelcask.store import Store
 
 log = logging.getLogger("modelcask")
 
-_PIECE = 1 << 20
+_PIECE = 512 << 10
+_THREADS = os.cpu_count() or 2
 
 Report = Callable[[int, int], None]
-
-
-class _Hasher(Protocol):
-    def update(self, data: bytes, /) -> None: ...
-    def hexdigest(self) -> str: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,7 +127,7 @@ def _all_manifests(store: Store) -> tuple[list[StoredManifest], tuple[InvalidMan
 
 
 class _Reading:
-    """Reads blobs again, on all cores."""
+    """Reads blobs again, on all cores, two at a time on each (`lanes`)."""
 
     def __init__(
         self, store: Store, fingerprints: Mapping[Digest, int], report: Report, stop: threading.Event, total: int
@@ -142,17 +137,27 @@ class _Reading:
         self._report = report
         self._stop = stop
         self._total = total
+        # Where fingerprints are known, little is left for sha256.
+        self._kernel = None if fingerprints else paired_sha256.kernel_for(total, threads=_THREADS)
         self._lock = threading.Lock()
         self.done = 0
         self.checked = 0
 
     def corrupt_among(self, digests: list[Digest]) -> dict[Digest, os.stat_result]:
         """The corrupt ones, as they were when they were read."""
-        with ThreadPoolExecutor(os.cpu_count() or 2, "verify") as pool:
-            found = zip(digests, pool.map(self._damaged, digests), strict=True)
-            return {digest: status for digest, status in found if status is not None}
+        found: dict[Digest, os.stat_result] = {}
 
-    def _damaged(self, digest: Digest) -> os.stat_result | None:
+        def check(digest: Digest) -> Hashing[None]:
+            status = yield from self._damaged(digest)
+            if status is not None:
+                found[digest] = status
+
+        with ThreadPoolExecutor(_THREADS, "verify") as pool:
+            for thread in lanes.start([check(digest) for digest in digests], pool, _THREADS):
+                thread.result()
+        return found
+
+    def _damaged(self, digest: Digest) -> Hashing[os.stat_result | None]:
         """The blob's stat if it is corrupt. One that cannot be read is."""
         path = self._store.blobs.path(digest)
         try:
@@ -160,10 +165,10 @@ class _Reading:
             with path.open("rb", buffering=0) as file:
                 known = self._fingerprints.get(digest)
                 # A fingerprint that differs may itself be wrong; sha256 decides.
-                if known is not None and self._hash(file, xxhash.xxh3_64()) == known.to_bytes(8).hex():
+                if known is not None and self._fingerprint(file) == known:
                     return None
                 file.seek(0)
-                sound = self._hash(file, hashlib.sha256()) == digest.hex or self._stop.is_set()
+                sound = (yield from self._sha256(file)) == digest.hex or self._stop.is_set()
                 return None if sound else status
         except FileNotFoundError:
             return None  # gc took it meanwhile
@@ -176,12 +181,26 @@ class _Reading:
             with self._lock:
                 self.checked += not self._stop.is_set()
 
-    def _hash(self, file: FileIO, hasher: _Hasher) -> str:
-        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_SEQUENTIAL)
-        while (piece := file.read(_PIECE)) and not self._stop.is_set():
+    def _fingerprint(self, file: FileIO) -> int:
+        hasher = xxhash.xxh3_64()
+        for piece in self._pieces(file):
             hasher.update(piece)
-            self._advance(len(piece))
-        return hasher.hexdigest()
+        fingerprint: int = hasher.intdigest()
+        return fingerprint
+
+    def _sha256(self, file: FileIO) -> Hashing[str]:
+        sha = paired_sha256.sha256(self._kernel, b"")
+        for piece in self._pieces(file):
+            yield ToHash(sha, piece)
+        return sha.hexdigest()
+
+    def _pieces(self, file: FileIO) -> Iterator[memoryview]:
+        """The file's bytes up to its end, or to `stop`; each piece is good until the next."""
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_SEQUENTIAL)
+        buffer = memoryview(bytearray(min(_PIECE, os.fstat(file.fileno()).st_size + 1)))
+        while (count := file.readinto(buffer)) and not self._stop.is_set():
+            yield buffer[:count]
+            self._advance(count)
 
     def _advance(self, count: int) -> None:
         with self._lock:

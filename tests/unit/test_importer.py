@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from folders import tensor, write_component, write_model
-from modelcask import importer, plan, range_store, source
+from modelcask import importer, paired_sha256, plan, range_store, source
 from modelcask.errors import Interrupted, SourceChanged
 from modelcask.manifests import FILE_TYPE, HEADER_TYPE, TENSOR_TYPE
 from modelcask.names import ModelName
@@ -138,6 +138,21 @@ def test_a_tensor_larger_than_the_buffer_is_recognized_and_not_written_again(
     store.index.remember(predictions=wrong)
     (third,) = import_folder(store, folder)
     assert third.manifest == first.manifest
+
+
+@pytest.mark.parametrize("piece", [512, 3000, 1 << 20])
+def test_hashing_in_pairs_changes_no_blob(
+    store: Store, vector_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, piece: int
+) -> None:
+    (expected,) = import_folder(store, vector_model)
+    monkeypatch.setattr(paired_sha256, "_PAYS", 0)
+    monkeypatch.setattr(range_store, "_WORTH_A_LANE", 0)
+    monkeypatch.setattr(range_store, "_PIECE", piece)
+    paired = Store.create(tmp_path / "paired")
+    (result,) = import_folder(paired, vector_model)
+    assert result.manifest == expected.manifest
+    assert blob_files(paired.root) == blob_files(store.root)
+    paired.index.close()
 
 
 def _treat_as_large(monkeypatch: pytest.MonkeyPatch) -> None:

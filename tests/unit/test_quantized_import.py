@@ -14,7 +14,7 @@ import pytest
 import xxhash
 
 from folders import raw_shard, tensor, write_component, write_model
-from modelcask import facts, range_store
+from modelcask import facts, paired_sha256, range_store
 from modelcask.errors import InvalidModelFolder
 from modelcask.manifests import REPORT_TYPE, TENSOR_TYPE, Manifest
 from modelcask.names import ModelName
@@ -144,6 +144,8 @@ def test_a_tensor_larger_than_the_buffer_is_streamed_to_the_same_blob(
     monkeypatch.setattr(range_store, "_BUFFER", 8192)
     monkeypatch.setattr(range_store, "_PIECE", 4096)
     monkeypatch.setattr(range_store, "_SAMPLE", 512)
+    monkeypatch.setattr(range_store, "_WORTH_A_LANE", 0)
+    monkeypatch.setattr(paired_sha256, "_PAYS", 0)
     streamed = Store.create(tmp_path / "streamed")
     assert list(quantized(streamed, folder, qtype).of_type(TENSOR_TYPE)) == list(expected.of_type(TENSOR_TYPE))
     # Recognized by its samples, and by them alone: not written again.
