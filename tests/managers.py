@@ -1,10 +1,10 @@
 """Real service managers for tests: a systemd of its own, with a user's manager below it, seen by nobody else.
 
-`unshare` gives it namespaces in which it is process 1: its own /run, /etc, /tmp, /var, /srv and /home, all in memory, and
-a control group of its own. It ends with the test, and every process and mount of it.
+`unshare` gives it namespaces in which it is process 1: its own /run, /etc, /tmp, /var, /srv and /home, all in
+memory, and a control group of its own. It ends with the test, and every process and mount of it.
 
-It knows no units but those of the test: a distribution's would set up what it takes for its machine, that is, empty /tmp,
-set kernel parameters, start what is enabled.
+It knows no units but those of the test: a distribution's would set up what it takes for its machine, that is,
+empty /tmp, set kernel parameters, start what is enabled.
 """
 
 from __future__ import annotations
@@ -42,6 +42,7 @@ Environment=HOME=/home/{USER} XDG_RUNTIME_DIR=/run/user/{UID}
 ExecStart={_SYSTEMD} --user --unit=basic.target
 KillMode=mixed
 """
+_DEFAULTS = "[Manager]\nDefaultStandardOutput=inherit\nDefaultStandardError=inherit"
 # What services of the system depend on without saying so.
 _TARGETS = ("sysinit", "basic", "multi-user", "shutdown")
 
@@ -99,7 +100,12 @@ class Manager:
             stderr=subprocess.STDOUT,
             text=True,
             errors="replace",
-            env={"PATH": os.environ["PATH"], "PYTHONPATH": os.environ["PYTHONPATH"], "LC_ALL": "C.UTF-8", **environment},
+            env={
+                "PATH": os.environ["PATH"],
+                "PYTHONPATH": os.environ["PYTHONPATH"],
+                "LC_ALL": "C.UTF-8",
+                **environment,
+            },
             timeout=90,
             check=False,
         )
@@ -186,8 +192,6 @@ def _boot(python_path: Sequence[Path]) -> str:
     hold = [f"mkdir -p /mnt/{n}; mount --bind {path} /mnt/{n}" for n, path in enumerate(quoted)]
     hide = [f"mount -t tmpfs -o mode=755 tmpfs {shlex.quote(str(path))}" for path in hidden]
     back = [f"mkdir -p {path}; mount --move /mnt/{n} {path}" for n, path in enumerate(quoted)]
-    output = "DefaultStandardOutput=inherit\nDefaultStandardError=inherit"
-    environment = f"DefaultEnvironment=PYTHONPATH={os.environ['PYTHONPATH']}"
     return "\n".join(
         [
             "mount -t proc proc /proc",
@@ -204,8 +208,8 @@ def _boot(python_path: Sequence[Path]) -> str:
             f"chown {UID}:{UID} /home/{USER} /run/user/{UID}",
             f"cat >/etc/systemd/system/tester.service <<'END'\n{_USER_MANAGER}END",
             *(f"echo '[Unit]' >/etc/systemd/system/{target}.target" for target in _TARGETS),
-            f"printf '[Manager]\\n{output}\\n{environment}\\n' | tee /etc/systemd/system.conf >/etc/systemd/user.conf"
-            .replace("\n", "\\n"),
+            f"cat >/etc/systemd/system.conf <<'END'\n{_DEFAULTS}\nDefaultEnvironment=PYTHONPATH={os.environ['PYTHONPATH']}\nEND",
+            "cp /etc/systemd/system.conf /etc/systemd/user.conf",
             "umount -R /sys/fs/cgroup; mount -t cgroup2 cgroup2 /sys/fs/cgroup",
             "mount --bind -o ro /proc/sys /proc/sys",
             "mount --make-rshared /",
