@@ -89,12 +89,17 @@ def load(path: Path | None = None, *, store: Path | None = None) -> Config:
     Raises:
         InvalidConfig: names the file, the line, the key and what is allowed.
     """
-    return _Reader(path).config(store)
+    return _Reader(path or default_path(), _text_of(path)).config(store)
+
+
+def parse(text: str, where: Path, *, store: Path | None = None) -> Config:
+    """The configuration in `text`, as `load` would have it from the file `where`."""
+    return _Reader(where, text).config(store)
 
 
 def settings(path: Path | None = None, *, store: Path | None = None) -> list[Setting]:
     """Every value of `load(path, store=store)`, in the order of the documentation. Raises as it does."""
-    reader = _Reader(path)
+    reader = _Reader(path or default_path(), _text_of(path))
     effective = reader.config(store)
     found = [
         Setting("store", str(effective.store), None if store else reader.line("", "store")),
@@ -133,18 +138,12 @@ class _Reader:
     A table is named by its place: "" for the top, `watch`, `drop 1` for the first `[[drop]]`.
     """
 
-    def __init__(self, path: Path | None) -> None:
-        self._where = path or default_path()
-        self._text = ""
-        self._fields: dict[str, Any] = {}
+    def __init__(self, where: Path, text: str) -> None:
+        self._where, self._text = where, text
         try:
-            self._text = self._where.read_text()
-            self._fields = tomllib.loads(self._text)
-        except FileNotFoundError:
-            if path is not None:
-                raise InvalidConfig(path, "there is no such file; leave --config out to do without one") from None
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-            raise InvalidConfig(self._where, f"is no TOML: {error}") from None
+            self._fields: dict[str, Any] = tomllib.loads(text)
+        except tomllib.TOMLDecodeError as error:
+            raise InvalidConfig(where, f"is no TOML: {error}") from None
 
     def config(self, store: Path | None) -> Config:
         self._only(self._fields, {"store", "mount", "drop", "watch"}, "")
@@ -266,6 +265,19 @@ class _Reader:
 
     def _written(self, place: tuple[str, str, Path]) -> int:
         return self.line(place[0], place[1]) or 0
+
+
+def _text_of(path: Path | None) -> str:
+    """What stands in the file `path`, or in the usual one; nothing where that is missing."""
+    where = path or default_path()
+    try:
+        return where.read_text()
+    except FileNotFoundError:
+        if path is not None:
+            raise InvalidConfig(where, "there is no such file; leave --config out to do without one") from None
+        return ""
+    except UnicodeDecodeError as error:
+        raise InvalidConfig(where, f"is no TOML: {error}") from None
 
 
 def _xdg(variable: str, default: str) -> Path:
