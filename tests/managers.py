@@ -39,10 +39,18 @@ Type=notify
 User={USER}
 Delegate=yes
 Environment=HOME=/home/{USER} XDG_RUNTIME_DIR=/run/user/{UID}
-ExecStart={_SYSTEMD} --user --unit=basic.target
+ExecStart={_SYSTEMD} --user --unit=basic.target --log-target=journal
 KillMode=mixed
 """
-_DEFAULTS = "[Manager]\nDefaultStandardOutput=inherit\nDefaultStandardError=inherit"
+_JOURNAL = """
+[Unit]
+DefaultDependencies=no
+[Service]
+Type=notify
+ExecStart=/lib/systemd/systemd-journald
+StandardOutput=null
+"""
+_JOURNAL_SETTINGS = "[Journal]\nStorage=volatile\nReadKMsg=no\nAudit=no\nRateLimitBurst=0"
 # What services of the system depend on without saying so.
 _TARGETS = ("sysinit", "basic", "multi-user", "shutdown")
 
@@ -76,7 +84,8 @@ class Manager:
     @property
     def log(self) -> str:
         """What the managers and their services said."""
-        return self._log.read_text(errors="replace")
+        early = self._log.read_text(errors="replace")
+        return early + (self.system("journalctl", "--no-pager", "--quiet", status=None).out if self.pid else "")
 
     def system(self, *command: str | Path, status: int | None = 0) -> Done:
         """Run a command beside the system manager, as root."""
@@ -109,7 +118,7 @@ class Manager:
             timeout=90,
             check=False,
         )
-        assert status is None or done.returncode == status, f"{command}: {done.stdout}\n{self.log[-4000:]}"
+        assert status is None or done.returncode == status, f"{command}: {done.stdout}"
         return Done(done.returncode, done.stdout)
 
     def show(self, unit: str, name: str, *, system: bool = False) -> str:
@@ -143,7 +152,7 @@ def booted(python_path: Sequence[Path]) -> Iterator[Manager]:
             # While the folders are prepared it is a shell.
             wait_for(lambda: Path(f"/proc/{manager.pid}/comm").read_text() == "systemd\n", seconds=20)
             wait_for(lambda: manager.system("systemctl", "is-system-running", status=None).out == "running\n")
-            manager.system("systemctl", "start", "tester.service")
+            manager.system("systemctl", "start", "systemd-journald.service", "tester.service")
             yield manager
         finally:
             for pid in _children(process.pid):
@@ -155,7 +164,7 @@ def booted(python_path: Sequence[Path]) -> Iterator[Manager]:
 def _skip_unless_possible() -> None:
     if os.geteuid() != 0:
         pytest.skip("a service manager of its own takes root")
-    for program in (str(_SYSTEMD), "systemctl", "unshare", "nsenter", "setpriv"):
+    for program in (str(_SYSTEMD), "/lib/systemd/systemd-journald", "systemctl", "unshare", "nsenter", "setpriv"):
         if shutil.which(program) is None:
             pytest.skip(f"{program} is not installed (apt install systemd util-linux)")
     if subprocess.run(["unshare", "--mount", "--pid", "--cgroup", "--fork", "true"], check=False).returncode:
@@ -176,9 +185,11 @@ def _own_control_group() -> Path:
 
 def _enter_namespaces(group: Path, python_path: Sequence[Path], scratch: Path) -> str:
     (scratch / "boot").write_text(_boot(python_path))
+    # What begins here ends with the test's process, however that ends.
     return f"""
         echo $$ >{shlex.quote(str(group))}/cgroup.procs || exit 1
-        exec unshare --mount --pid --cgroup --ipc --uts --fork --propagation private sh -e {scratch}/boot
+        exec setpriv --pdeathsig KILL unshare --fork --kill-child --mount --pid --cgroup --ipc --uts \\
+            --propagation private sh -e {scratch}/boot
     """
 
 
@@ -192,6 +203,7 @@ def _boot(python_path: Sequence[Path]) -> str:
     hold = [f"mkdir -p /mnt/{n}; mount --bind {path} /mnt/{n}" for n, path in enumerate(quoted)]
     hide = [f"mount -t tmpfs -o mode=755 tmpfs {shlex.quote(str(path))}" for path in hidden]
     back = [f"mkdir -p {path}; mount --move /mnt/{n} {path}" for n, path in enumerate(quoted)]
+    path = os.environ["PYTHONPATH"]
     return "\n".join(
         [
             "mount -t proc proc /proc",
@@ -201,21 +213,24 @@ def _boot(python_path: Sequence[Path]) -> str:
             *hide,
             *back,
             "mount -t tmpfs tmpfs /etc/systemd",
-            "mkdir -p /etc/systemd/system /run/systemd /var/cache /var/lib /var/tmp",
+            "mkdir -p /etc/systemd/system /run/systemd/unit-root /var/cache /var/lib /var/tmp",
             f"echo '{_ACCOUNT}' >>/etc/passwd; echo '{USER}:x:{UID}:' >>/etc/group",
             "sed -i '/^modelcask:/d' /etc/passwd /etc/group",
             f"mkdir -p /home/{USER} /run/user/{UID}; chmod 700 /home/{USER} /run/user/{UID}; chmod 1777 /tmp /var/tmp",
             f"chown {UID}:{UID} /home/{USER} /run/user/{UID}",
             f"cat >/etc/systemd/system/tester.service <<'END'\n{_USER_MANAGER}END",
             *(f"echo '[Unit]' >/etc/systemd/system/{target}.target" for target in _TARGETS),
-            f"cat >/etc/systemd/system.conf <<'END'\n{_DEFAULTS}\nDefaultEnvironment=PYTHONPATH={os.environ['PYTHONPATH']}\nEND",
+            f"cat >/etc/systemd/system/systemd-journald.service <<'END'\n{_JOURNAL}END",
+            f"printf '{_JOURNAL_SETTINGS}\n' >/etc/systemd/journald.conf".replace("\n", "\\n"),
+            f"printf '[Manager]\\nDefaultEnvironment=PYTHONPATH={path}\\n' >/etc/systemd/system.conf",
             "cp /etc/systemd/system.conf /etc/systemd/user.conf",
             "umount -R /sys/fs/cgroup; mount -t cgroup2 cgroup2 /sys/fs/cgroup",
             "mount --bind -o ro /proc/sys /proc/sys",
+            "mknod -m 666 /mnt/fuse c 10 229; mount --bind /mnt/fuse /dev/fuse",  # as udev would have it
             "mount --make-rshared /",
             "exec env -i container=test PATH=/usr/bin:/bin:/usr/sbin"
             " SYSTEMD_UNIT_PATH=/etc/systemd/system SYSTEMD_GENERATOR_PATH=/nonexistent"
-            f" {_SYSTEMD} --unit=multi-user.target --log-target=console --log-color=no --show-status=no",
+            f" {_SYSTEMD} --unit=multi-user.target --log-target=journal --show-status=no",
         ]
     )
 
