@@ -166,3 +166,8 @@ def test_a_dry_run_of_install_service_writes_nothing(cask: CommandLine, tmp_path
     said = cask("install-service", "--system", "--dry-run").out
     assert "# /etc/modelcask/config.toml" in said
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_the_demo_can_be_read_by_others(cask: CommandLine, tmp_path: Path) -> None:
+    cask("demo", tmp_path / "tiny")
+    assert {oct(path.stat().st_mode & 0o044) for path in (tmp_path / "tiny").rglob("*")} == {"0o44"}
