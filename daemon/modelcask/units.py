@@ -26,6 +26,9 @@ SYSTEM_CONFIG = Path("/etc/modelcask/config.toml")
 _PATHS = "10-paths.conf"
 _NO_NAMESPACES = "20-no-namespaces.conf"
 
+# What PrivateTmp puts the service's own in the place of.
+_TEMPORARY = ("/tmp", "/var/tmp")
+
 # What takes a namespace, or a capability inside of one, and how a unit does without it.
 _WITHOUT_NAMESPACES = """\
 # This machine allows users no namespaces, which these settings are made of.
@@ -58,6 +61,7 @@ class Installation:
     Attributes:
         folder: where units go.
         python: the interpreter that has modelcask.
+        code: the folders that it needs to run it.
         system: whether they are the system manager's, else a user's.
         config_path: the configuration to name, None for the usual one.
         store: to be named, None for the configuration's.
@@ -67,6 +71,7 @@ class Installation:
 
     folder: Path
     python: Path
+    code: tuple[Path, ...]
     system: bool
     config_path: Path | None
     store: Path | None
@@ -91,9 +96,10 @@ class Installation:
         drops = [drop.path for drop in self.effective.drops]
         # One that is not there yet is not waited for; what is mounted later below one can be written all the same.
         writable = " ".join([_word(store), *(_word(f"-{drop}") for drop in drops)])
-        return self._drop_in_text(
-            f"ExecStart=\nExecStart={_command(command)}\nReadWritePaths=\nReadWritePaths={writable}\n"
-        )
+        hidden = [path for path in (*self.code, store, *drops) if any(path.is_relative_to(tmp) for tmp in _TEMPORARY)]
+        text = f"ExecStart=\nExecStart={_command(command)}\nReadWritePaths=\nReadWritePaths={writable}\n"
+        text += f"# {_word(hidden[0])} would be out of sight.\nPrivateTmp=no\n" if hidden else ""
+        return self._drop_in_text(text)
 
     def _mount_paths(self) -> str:
         command: list[str | Path] = [self.python, "-P", "-m", "modelcaskfs", self.effective.store, self.effective.mount]

@@ -15,7 +15,7 @@ CONFIG = Config(Path("/s"), Path("/m"), (DropDirectory(Path("/a")), DropDirector
 
 
 def installation(*, system: bool = False) -> Installation:
-    return Installation(Path("/units"), Path("/v/bin/python"), system, None, None, CONFIG)
+    return Installation(Path("/units"), Path("/v/bin/python"), (Path("/v"),), system, None, None, CONFIG)
 
 
 def paths_of(made: Installation, unit: str) -> list[str]:
@@ -66,3 +66,16 @@ def test_what_units_read_as_something_else_is_escaped(path: str, in_command: str
 def test_a_machine_without_namespaces_gets_one_drop_in_more() -> None:
     files = replace(installation(), namespaces=False).files()
     assert "PrivateUsers=no" in files[Path("/units/modelcask.service.d/20-no-namespaces.conf")]
+
+
+@pytest.mark.parametrize(
+    "made",
+    [
+        replace(installation(), code=(Path("/v"), Path("/var/tmp/clone"))),
+        replace(installation(), effective=replace(CONFIG, store=Path("/tmp/s"))),
+        replace(installation(), effective=replace(CONFIG, drops=(DropDirectory(Path("/tmp")),))),
+    ],
+)
+def test_a_temporary_folder_that_is_needed_stays_in_sight(made: Installation) -> None:
+    assert "PrivateTmp=no" in paths_of(made, units.SERVICE)
+    assert "PrivateTmp=no" not in paths_of(installation(), units.SERVICE)

@@ -62,6 +62,7 @@ def install_service_command(config_path: Path | None, root: Path | None, *, syst
     installation = units.Installation(
         folder=installer.folder,
         python=Path(sys.executable),
+        code=(Path(sys.prefix), Path(sys.base_prefix), Path(units.__file__).parent),
         system=system,
         config_path=config_path.absolute() if config_path else None,
         store=root.absolute() if root else None,
