@@ -13,7 +13,7 @@ from pathlib import Path
 
 import ml_dtypes
 import numpy as np
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 
 from modelcask.errors import InvalidModelFolder
 
@@ -33,7 +33,8 @@ def write_demo(folder: Path) -> None:
     for path, tensors in sorted(model["shards"].items()):
         (folder / path).parent.mkdir(parents=True, exist_ok=True)
         weights = {name: _weight(tuple(shape), generator) for name, shape in sorted(tensors.items())}
-        save_file(weights, folder / path, metadata={"format": "pt"})
+        # Not save_file, which lets nobody but the owner read what it writes: a service could not import it.
+        (folder / path).write_bytes(save(weights, metadata={"format": "pt"}))
     for path, text in model["files"].items():
         (folder / path).parent.mkdir(parents=True, exist_ok=True)
         (folder / path).write_text(text)

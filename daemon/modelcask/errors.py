@@ -179,13 +179,19 @@ class IndexFailed(ModelcaskError):
 
 @dataclass(eq=False)
 class InvalidConfig(ModelcaskError):
-    """A configuration file with something in it that is not allowed."""
+    """A configuration file with something in it that is not allowed.
+
+    Attributes:
+        line: of the file, None where it is not known; TOML's own errors tell it in `reason`.
+    """
 
     path: Path
     reason: str
+    line: int | None = None
 
     def message(self) -> str:
-        return f"{self.path}: {self.reason}"
+        where = f"{self.path}, line {self.line}" if self.line else str(self.path)
+        return f"{where}: {self.reason}"
 
 
 @dataclass(eq=False)

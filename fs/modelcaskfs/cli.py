@@ -11,6 +11,7 @@ from pathlib import Path
 
 import click
 
+from modelcask import config
 from modelcask.errors import ModelcaskError, MountFailed
 from modelcask.store import Store
 from modelcaskfs import __version__
@@ -70,7 +71,19 @@ def _serve(store: Path, directory: Path, options: list[str]) -> None:
     logging.basicConfig(level=logging.INFO, format="modelcaskfs: %(message)s", stream=sys.stderr)
     opened, mountpoint = _open(store), Path(os.path.realpath(directory))
     os.chdir("/")  # so that no other filesystem is kept from being unmounted
-    serve(opened, mountpoint, options=options, on_ready=_tell_ready)
+    manager, _ = config.service_manager()
+
+    def ready() -> None:
+        manager.ready(f"{mountpoint} shows {opened.root}")
+        _tell_ready()
+
+    serve(
+        opened,
+        mountpoint,
+        options=options,
+        on_ready=ready,
+        on_stopping=lambda: manager.stopping(f"{mountpoint} is unmounted, what is open is served to its end"),
+    )
 
 
 def _open(root: Path) -> Store:

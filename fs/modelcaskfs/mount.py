@@ -20,7 +20,14 @@ from modelcaskfs.views import Tree
 _MAX_OPEN_BLOBS = 1024
 
 
-def serve(store: Store, mountpoint: Path, *, options: list[str], on_ready: Callable[[], None]) -> None:
+def serve(
+    store: Store,
+    mountpoint: Path,
+    *,
+    options: list[str],
+    on_ready: Callable[[], None],
+    on_stopping: Callable[[], None] = lambda: None,
+) -> None:
     """Mount `store` at `mountpoint` and answer its requests until it is unmounted or a signal ends it.
 
     SIGTERM and SIGINT unmount: at once where nobody uses it, else lazily, when the last user is gone.
@@ -28,6 +35,7 @@ def serve(store: Store, mountpoint: Path, *, options: list[str], on_ready: Calla
     Args:
         options: mount options, each as after `-o`.
         on_ready: called once, when the kernel has begun to ask.
+        on_stopping: called once, when it is unmounted, or about to be.
 
     Raises:
         MountFailed: the mountpoint or the library refused.
@@ -54,6 +62,7 @@ def serve(store: Store, mountpoint: Path, *, options: list[str], on_ready: Calla
     thread = threading.Thread(target=loop, name="fuse")
     thread.start()
     signal.sigwait(wanted)
+    on_stopping()
     if thread.is_alive():
         unmount_lazily(mountpoint)
     thread.join()

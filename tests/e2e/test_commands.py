@@ -26,6 +26,9 @@ COMMANDS = (
     "watch",
     "up",
     "status",
+    "config",
+    "install-service",
+    "uninstall-service",
 )
 
 
@@ -129,3 +132,42 @@ def test_a_reader_that_goes_away_is_no_error_worth_a_traceback(cask: CommandLine
     process = cask.start("show", "m", "--json", stdout_closed=True)
     _, said = process.communicate(timeout=20)
     assert "Traceback" not in said
+
+
+def test_config_tells_where_each_value_comes_from(cask: CommandLine, tmp_path: Path) -> None:
+    file = tmp_path / "home/.config/modelcask/config.toml"
+    file.parent.mkdir(parents=True)
+    file.write_text('mount = "/m"\n\n[[drop]]\npath = "/a"\n')
+    found = cask("config", "--json").json
+    assert (found["file"], found["exists"]) == (str(file), True)
+    settings = {each["key"]: (each["value"], each["from"]) for each in found["settings"]}
+    assert settings["store"] == (str(cask.store), "MODELCASK_STORE")
+    assert settings["mount"] == ("/m", f"{file}:1")
+    assert settings["drop 1: path"] == ("/a", f"{file}:4")
+    assert settings["drop 1: after"] == ("keep", "default")
+    assert {each["key"]: each["from"] for each in cask("config", "--store", "/s", "--json").json["settings"]}[
+        "store"
+    ] == "--store"
+    assert f"{file}:4" in cask("config").out
+
+
+def test_config_tells_the_line_of_what_is_not_allowed(cask: CommandLine, tmp_path: Path) -> None:
+    file = tmp_path / "c.toml"
+    file.write_text('store = "/s"\n[watch]\nparallel = 99\n')
+    said = cask("config", "--config", file, status=1).err
+    assert said == f"modelcask: {file}, line 3: watch.parallel: 99 is not a number from 1 to 16\n"
+
+
+def test_a_dry_run_of_install_service_writes_nothing(cask: CommandLine, tmp_path: Path) -> None:
+    before = sorted(tmp_path.rglob("*"))
+    said = cask("install-service", "--dry-run").out
+    assert f"# {tmp_path}/home/.config/systemd/user/modelcask.service.d/10-paths.conf" in said
+    assert f"ReadWritePaths={cask.store} -{tmp_path}/home/imports" in said
+    said = cask("install-service", "--system", "--dry-run").out
+    assert "# /etc/modelcask/config.toml" in said
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_the_demo_can_be_read_by_others(cask: CommandLine, tmp_path: Path) -> None:
+    cask("demo", tmp_path / "tiny")
+    assert {oct(path.stat().st_mode & 0o044) for path in (tmp_path / "tiny").rglob("*")} == {"0o44"}

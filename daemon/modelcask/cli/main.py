@@ -30,6 +30,9 @@ _MODULES = {
     "watch": "serving",
     "up": "serving",
     "status": "status",
+    "config": "configuration",
+    "install-service": "installing",
+    "uninstall-service": "installing",
 }
 
 
@@ -43,7 +46,7 @@ class _Commands(click.Group):
         if name not in _MODULES:
             return None
         module = importlib.import_module(f"modelcask.cli.{_MODULES[name]}")
-        command: click.Command = getattr(module, f"{name}_command")
+        command: click.Command = getattr(module, f"{name.replace('-', '_')}_command")
         return command
 
 
