@@ -106,9 +106,11 @@ def verify(
     reading = _Reading(store, fingerprints, report, stop, sum(present.values()))
     corrupt = reading.corrupt_among(sorted(present))
     set_aside = tuple(damage(digest, _quarantine(store, digest, found)) for digest, found in sorted(corrupt.items()))
+    # A missing one may be what a verify that was killed has quarantined.
+    damaged = corrupt.keys() | {each.digest for each in missing}
     for stored in _all_manifests(store)[0]:
         # What a mount or the kernel has read of the damaged bytes must not be shown again.
-        if not corrupt.keys().isdisjoint(stored.manifest.blobs()):
+        if not damaged.isdisjoint(stored.manifest.blobs()):
             store.manifests.renew(stored)
     return Verification(
         reading.checked + len(missing),
