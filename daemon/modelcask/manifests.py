@@ -190,6 +190,13 @@ class ManifestStore:
             raise InvalidManifest(path, "it does not lie at <host>/<namespace>/<name>/<tag>") from None
         return StoredManifest(name, path, Manifest.decode(data, path), Digest.of(data), version_of(stat))
 
+    def is_unchanged(self, stored: StoredManifest) -> bool:
+        """Whether the manifest has been there, in this state, ever since it was read."""
+        try:
+            return version_of(stored.path.stat()) == stored.version
+        except (FileNotFoundError, NotADirectoryError):
+            return False
+
     def write(self, name: ModelName, manifest: Manifest, *, temporary: Path) -> Digest:
         """Commit `manifest` under `name`, replacing what is there; durable when it returns.
 

@@ -89,19 +89,24 @@ def verify(
     """
     chosen = [store.manifests.read(name) for name in names]
     manifests, unreadable = _all_manifests(store)
-    users: dict[Digest, list[str]] = defaultdict(list)
+    users: dict[Digest, list[StoredManifest]] = defaultdict(list)
     for stored in manifests:
         for digest in stored.manifest.blobs():
-            users[digest].append(str(stored.name))
+            users[digest].append(stored)
     expected = {digest for stored in chosen or manifests for digest in stored.manifest.blobs()}
     present = {digest: size for digest in expected if (size := store.blobs.size(digest)) is not None}
     if not chosen:
         present.update(store.blobs.enumerate())
 
     def damage(digest: Digest, path: Path) -> Damage:
-        return Damage(digest, path, tuple(users.get(digest, ())))
+        return Damage(digest, path, tuple(str(stored.name) for stored in users.get(digest, ())))
 
-    missing = [damage(digest, store.blobs.path(digest)) for digest in sorted(expected - present.keys())]
+    # What is not there may belong to a model that was removed since its manifest was read, and gc took it.
+    missing = [
+        damage(digest, store.blobs.path(digest))
+        for digest in sorted(expected - present.keys())
+        if any(store.manifests.is_unchanged(stored) for stored in users[digest])
+    ]
     fingerprints = store.index.fingerprints() if quick and store.has_index else {}
     reading = _Reading(store, fingerprints, report, stop, sum(present.values()))
     corrupt = reading.corrupt_among(sorted(present))
