@@ -25,6 +25,7 @@ from modelcask.errors import (
     ModelcaskError,
     SourceChanged,
     disk_error,
+    memory_error,
     printable,
 )
 from modelcask.index import Drop
@@ -175,13 +176,21 @@ class Service:
             return math.inf
         except OSError as error:
             # A fault of the store or of the machine: it may pass without the drop changing.
-            self._fail(found, "", disk_error(error))
-            self._try_again[found.path] = time.monotonic() + _TRY_AGAIN
-            return _TRY_AGAIN
+            return self._fail_for_now(found, disk_error(error))
+        except (MemoryError, RuntimeError, ImportError) as error:
+            lack = memory_error(error)
+            if lack is None:
+                raise
+            return self._fail_for_now(found, lack)
         for result in results:
             log.info("%s: imported, %d bytes new, %d shared", result.name, result.new_bytes, result.reused_bytes)
         self._save(found, fingerprint, "imported", done=progress.total, total=progress.total)
         return math.inf
+
+    def _fail_for_now(self, found: Found, error: str) -> float:
+        self._fail(found, "", error)
+        self._try_again[found.path] = time.monotonic() + _TRY_AGAIN
+        return _TRY_AGAIN
 
     def _fail(self, found: Found, fingerprint: str, error: str) -> None:
         log.error("%s: failed: %s", found.name, error)

@@ -63,8 +63,8 @@ def mounted(kind: str, device: Path, folder: Path, *options: str) -> Iterator[Pa
         yield folder
     finally:
         run("umount", folder)
-        if kind == "btrfs":
-            run("btrfs", "device", "scan", "--forget", device)
+        if kind == "btrfs":  # else the kernel takes a copy that comes later for the same filesystem
+            wait_for(lambda: _succeeds("btrfs", "device", "scan", "--forget", device))
 
 
 @contextmanager
@@ -87,7 +87,7 @@ class RecordedFilesystem:
     def __enter__(self) -> RecordedFilesystem:
         self._disk.mkdir()
         program = [sys.executable, recorded_disk.__file__, self.image, self.log, self._disk]
-        process = subprocess.Popen(program)
+        process = subprocess.Popen(program, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
         self._stack.callback(process.wait, 30)
         self._stack.callback(run, "fusermount", "-u", self._disk)
         wait_for((self._disk / "disk").exists)
@@ -103,14 +103,18 @@ class RecordedFilesystem:
         (self._disk / "mark").write_text(text)
 
     @contextmanager
-    def broken(self) -> Iterator[None]:
-        """While the body runs, the disk fails every write."""
+    def broken(self, data: bytes = b"") -> Iterator[None]:
+        """While the body runs, the disk fails every write that begins with `data`."""
         flag = self.image.with_name(self.image.name + ".broken")
-        flag.touch()
+        flag.write_bytes(data)
         try:
             yield
         finally:
             flag.unlink()
+
+
+def _succeeds(*command: str | Path) -> bool:
+    return subprocess.run([*map(str, command)], capture_output=True, check=False, timeout=60).returncode == 0
 
 
 def run(*command: str | Path) -> str:

@@ -34,10 +34,8 @@ def removing(name: str) -> Operation:
     """As `rm` does; a model that is not there is removed already."""
 
     def remove(store: Store) -> None:
-        try:
+        with contextlib.suppress(ModelNotFound):
             store.manifests.remove(ModelName.parse(name))
-        except ModelNotFound:
-            pass
 
     return lambda root: with_store(root, remove)
 

@@ -6,7 +6,7 @@ goes, and what was written after the last flush may be there or not, in any choi
 `mark` goes to the log as well: what the world outside was told by then.
 
 Run as a process: `python recorded_disk.py IMAGE LOG FOLDER`. While a file IMAGE.broken exists, writes to the disk
-fail with EIO.
+that begin with what it holds fail with EIO.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ class RecordedDisk(fuse.Operations):  # type: ignore[misc]
         if path == "/mark":
             self._record(MARK, 0, data)
             return len(data)
-        if self._broken.exists():
+        if self._broken.exists() and data.startswith(self._broken.read_bytes()):
             raise fuse.FuseOSError(errno.EIO)
         os.pwrite(self._image, data, offset)
         self._record(WRITE, offset, data)

@@ -17,6 +17,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, NoReturn
 
 from modelcask import durable
@@ -29,7 +30,12 @@ Act = Callable[["Step"], None]
 
 @dataclass(frozen=True)
 class Step:
-    """A step that is about to be taken; `half` takes half of it, of a write."""
+    """A step that is about to be taken.
+
+    Attributes:
+        where: the path or descriptor, of a rename the new name.
+        half: takes half of it, of a write.
+    """
 
     number: int
     call: str
@@ -64,7 +70,8 @@ class Steps:
                 return call(*arguments, **options)
             half = (lambda: _half(call, arguments)) if name in _WRITES else (lambda: None)
             with self._lock:
-                step = Step(len(self.taken) + 1, name, arguments[0], half)
+                where = arguments[1] if name == "rename" else arguments[0]
+                step = Step(len(self.taken) + 1, name, where, half)
                 self.taken.append(step)
             self.before(step)
             return call(*arguments, **options)
@@ -78,7 +85,7 @@ def _half(call: Callable[..., Any], arguments: tuple[Any, ...]) -> object:
     return call(fd, view[: len(view) // 2], *rest)
 
 
-def kill_at(number: int, *, torn: bool) -> Act:
+def kill_at(number: int, *, torn: bool = False) -> Act:
     """Kill this process before the step `number`; a write's half is done first if it is to be `torn`."""
 
     def act(step: Step) -> None:
@@ -86,6 +93,19 @@ def kill_at(number: int, *, torn: bool) -> Act:
             if torn:
                 step.half()
             os.kill(os.getpid(), signal.SIGKILL)
+
+    return act
+
+
+def kill_after_commit() -> Act:
+    """Kill this process when it has renamed a manifest into its place, before it flushes that."""
+    committed = False
+
+    def act(step: Step) -> None:
+        nonlocal committed
+        if committed:
+            os.kill(os.getpid(), signal.SIGKILL)
+        committed = step.call == "rename" and "manifests" in Path(str(step.where)).parts
 
     return act
 
@@ -121,22 +141,22 @@ def ended(pid: int) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
-def run_killed(operation: Callable[[], object], number: int, *, torn: bool = False) -> bool:
-    """Run the operation in a process that dies before its step `number`. Whether it got there."""
+def run_killed(operation: Callable[[], object], act: Act) -> bool:
+    """Run the operation in a process that `act` may kill. Whether it did."""
 
     def dying() -> None:
-        with Steps(kill_at(number, torn=torn)).watching():
+        with Steps(act).watching():
             operation()
 
     status = ended(in_child(dying))
-    assert status in (0, -signal.SIGKILL), f"the operation failed before step {number}"
+    assert status in (0, -signal.SIGKILL), "the operation failed before it was killed"
     return status != 0
 
 
 def _run_and_exit(operation: Callable[[], object]) -> NoReturn:
     try:
         operation()
-    except BaseException:
+    except BaseException:  # noqa: BLE001 - whatever it is, the parent fails
         traceback.print_exc()
         os._exit(1)
     os._exit(0)

@@ -116,10 +116,10 @@ def test_killed_before_any_step_nothing_is_lost_and_the_next_run_finishes(
             root = memory / f"store-{number}-{torn}"
             if scenario.ready.exists():
                 promises.copy_store(scenario.ready, root)
-            killed += steps.run_killed(lambda root=root: scenario.operation(root), number, torn=torn)  # type: ignore[misc]
+            killed += steps.run_killed(lambda root=root: scenario.operation(root), steps.kill_at(number, torn=torn))  # type: ignore[misc]
             check_killed(scenario, root)
     assert killed >= min(scenario.steps, 15)
-    print(f"{killed} kills in {scenario.steps} steps")  # noqa: T201 - the figure is the point
+    print(f"{killed} kills in {scenario.steps} steps")
 
 
 def check_killed(scenario: Scenario, root: Path) -> None:
@@ -146,7 +146,7 @@ def test_an_import_cleans_up_what_a_killed_one_left(scenario: Scenario, memory: 
     root = memory / "store"
     if scenario.ready.exists():
         promises.copy_store(scenario.ready, root)
-    assert steps.run_killed(lambda: scenario.operation(root), scenario.steps // 2)
+    assert steps.run_killed(lambda: scenario.operation(root), steps.kill_at(scenario.steps // 2))
     assert list((root / "tmp").iterdir()) != []
     scenario.operation(root)
     promises.check_nothing_left(root)
@@ -160,15 +160,13 @@ def test_mounts_hear_of_a_quarantined_blob_though_its_verify_was_killed(scenario
         promises.copy_store(scenario.ready, root)
         name = ModelName.parse("one")
         before = Store.open(root).manifests.read(name).version
-        steps.run_killed(lambda root=root: scenario.operation(root), number)  # type: ignore[misc]
+        steps.run_killed(lambda root=root: scenario.operation(root), steps.kill_at(number))  # type: ignore[misc]
         scenario.operation(root)
         assert Store.open(root).manifests.read(name).version != before, f"killed before step {number}"
     assert scenario.blobs.isdisjoint(scenario.wrong)
 
 
-def test_killed_at_any_moment_under_load_nothing_is_lost(
-    memory: Path, folders: dict[str, Path], torture: bool
-) -> None:
+def test_killed_at_any_moment_under_load_nothing_is_lost(memory: Path, folders: dict[str, Path], torture: bool) -> None:
     root, kills = memory / "store", 500 if torture else 40
     one, two = promises.importing(folders["one"], name="x"), promises.importing(folders["two"], name="x")
     victims = [
