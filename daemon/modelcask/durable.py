@@ -149,7 +149,12 @@ def write_at(fd: int, data: memoryview, offset: int) -> int:
 def remove_file(path: Path) -> None:
     """Remove `path` durably. Raises FileNotFoundError if it is not there."""
     path.unlink()
-    sync_directory(path.parent)
+    for directory in path.parents:
+        try:
+            sync_directory(directory)
+            break
+        except FileNotFoundError:
+            continue  # somebody found it empty and removed it: its own name is gone, then
 
 
 def move(source: Path, final: Path) -> None:

@@ -5,6 +5,7 @@ The JSON is the Docker v2 schema as upstream writes it; see DESIGN.md, "Manifest
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 from collections.abc import Iterator
@@ -214,14 +215,18 @@ class ManifestStore:
 
     def _write(self, path: Path, data: bytes, temporary: Path) -> None:
         for _ in range(_TRIES):
-            durable.make_directory(path.parent)
+            if not self._root.is_dir():  # the store is gone; what is made in its place would hinder its return
+                raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(self._root))
+            try:
+                durable.make_directory(path.parent)
+            except FileNotFoundError:
+                continue  # who removed the last other tag removed the directory, too
             try:
                 durable.write_file(path, data, temporary=temporary, mode=0o644)
                 return
             except FileNotFoundError:
                 if path.parent.exists():
                     raise
-                # Who removed the last other tag removed the directory, too.
         raise InvalidManifest(path, "its directory vanishes again and again")
 
     def renew(self, stored: StoredManifest) -> None:

@@ -31,13 +31,13 @@ def importing(folder: Path, **options: Any) -> Operation:
 
 
 def removing(name: str) -> Operation:
+    return lambda root: with_store(root, lambda store: removing_from(store, name))
+
+
+def removing_from(store: Store, name: str) -> None:
     """As `rm` does; a model that is not there is removed already."""
-
-    def remove(store: Store) -> None:
-        with contextlib.suppress(ModelNotFound):
-            store.manifests.remove(ModelName.parse(name))
-
-    return lambda root: with_store(root, remove)
+    with contextlib.suppress(ModelNotFound):
+        store.manifests.remove(ModelName.parse(name))
 
 
 def collecting(root: Path) -> None:
@@ -46,6 +46,19 @@ def collecting(root: Path) -> None:
 
 def verifying(root: Path) -> None:
     with_store(root, look_through)
+
+
+def verifying_soundness(root: Path) -> None:
+    check_sound(root)
+
+
+def flip_a_bit(path: Path) -> None:
+    """Corrupt a blob, in a file of its own: its readers and its other names keep the sound one."""
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.unlink()
+    path.write_bytes(data)
+    path.chmod(0o444)
 
 
 def with_store(root: Path, use: Callable[[Store], object]) -> None:

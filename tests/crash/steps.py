@@ -1,9 +1,9 @@
 """The steps of a write, numbered: every call that changes a filesystem, at which a test may kill or fail it.
 
-A step is a call of `os` that creates, writes, renames, removes, touches or flushes, or durable's syncfs; the
-product makes no other changes but SQLite's. What happens between two steps changes nothing on disk, so that
-dying before each step, and after the last, is dying at every moment that differs. A write can also be torn:
-half of it is done.
+A step is a call of `os` that creates, writes, renames, removes, touches or flushes, or opens a folder to flush it,
+or durable's syncfs; the product makes no other changes but SQLite's. What happens between two steps changes nothing
+on disk, so that dying before each step, and after the last, is dying at every moment that differs. A write can also
+be torn: half of it is done.
 
 Nothing of this is in the product: the calls are replaced in a process of the test's own.
 """
@@ -66,7 +66,7 @@ class Steps:
 
     def _watched(self, name: str, call: Callable[..., Any]) -> Callable[..., Any]:
         def watched(*arguments: Any, **options: Any) -> Any:
-            if name == "open" and not (len(arguments) > 1 and arguments[1] & os.O_CREAT):
+            if name == "open" and not (len(arguments) > 1 and arguments[1] & (os.O_CREAT | os.O_DIRECTORY)):
                 return call(*arguments, **options)
             half = (lambda: _half(call, arguments)) if name in _WRITES else (lambda: None)
             with self._lock:
