@@ -49,5 +49,9 @@ $(VENV)/.installed-clients: $(VENV)/.installed-dev
 libfuse:
 	@sh .ci/libfuse
 
+.PHONY: filesystems
+filesystems:
+	@sh .ci/filesystems
+
 clean:
 	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .import_linter_cache

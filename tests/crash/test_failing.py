@@ -318,23 +318,30 @@ def test_too_little_memory_fails_the_import_in_words(cask: CommandLine, memory: 
     assert all("memory" in each for each in said)
 
 
-def start_watching(cask: CommandLine) -> subprocess.Popen[str]:
+def start_watching(cask: CommandLine) -> subprocess.Popen[bytes]:
     """`modelcask watch`, which tries again after half a second in place of a minute."""
     code = "from modelcask import service; service._TRY_AGAIN = 0.5; from modelcask.cli.main import main; main()"
-    process = subprocess.Popen(
-        [sys.executable, "-c", code, "watch"], stderr=subprocess.PIPE, text=True, env=cask.environment
-    )
+    with said_by_watcher(cask).open("w") as said:
+        process = subprocess.Popen([sys.executable, "-c", code, "watch"], stderr=said, env=cask.environment)
     wait_for(lambda: cask("status", "--json").json["daemon"]["running"])
     return process
 
 
-def end_watching(process: subprocess.Popen[str]) -> None:
+def drops_of(cask: CommandLine) -> Path:
+    return Path(cask.environment["HOME"]) / "imports"
+
+
+def said_by_watcher(cask: CommandLine) -> Path:
+    return Path(cask.environment["HOME"]) / "said"
+
+
+def end_watching(cask: CommandLine, process: subprocess.Popen[bytes]) -> None:
     """It must still live, and end as told."""
-    assert process.poll() is None
+    alive = process.poll() is None
     process.terminate()
-    _, said = process.communicate(timeout=20)
-    assert "Traceback" not in said
-    assert process.returncode == 0
+    assert process.wait(20) == 0
+    assert alive
+    assert "Traceback" not in said_by_watcher(cask).read_text()
 
 
 def drop_state(cask: CommandLine) -> tuple[str, str]:
@@ -350,16 +357,16 @@ def test_the_watcher_outlives_a_full_disk_and_goes_on_when_there_is_space(cask: 
     cask.store.mkdir()
     disks.run("mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", cask.store)
     try:
+        shutil.copytree(folder, drops_of(cask) / "m")
         process = start_watching(cask)
         try:
-            shutil.copytree(folder, Path(cask.environment["HOME"]) / "imports" / "m")
-            said = wait_for(lambda: said_of_failure(process))
+            said = said_of_failure(cask)
             assert "no space left on device; free some space there" in said
             disks.run("mount", "-o", "remount,size=100m", cask.store)
             wait_for(lambda: drop_state(cask)[0] == "imported")
             promises.check_sound(cask.store)
         finally:
-            end_watching(process)
+            end_watching(cask, process)
     finally:
         disks.run("umount", cask.store)
 
@@ -373,12 +380,13 @@ def test_watcher_and_mount_outlive_a_store_that_vanishes_and_comes_back(cask: Co
     with cask.mounted(tmp_path / "mnt") as mounted:
         shown = mounted / "diffusers/library/one/latest"
         opened = (shown / "vae/diffusion_pytorch_model.safetensors").open("rb")
+        shutil.copytree(two, drops_of(cask) / "two", ignore=shutil.ignore_patterns("model_index.json"))
         process = start_watching(cask)
         try:
             cask.store.rename(away)
-            shutil.copytree(two, Path(cask.environment["HOME"]) / "imports" / "two")
+            shutil.copy2(two / "model_index.json", drops_of(cask) / "two")  # now it is complete
             wait_for(lambda: not listing(mounted / "diffusers/library"), seconds=10)
-            said = wait_for(lambda: said_of_failure(process))
+            said = said_of_failure(cask)
             assert f"{cask.store}" in said
             assert "no such file or directory" in said
             assert process.poll() is None
@@ -389,7 +397,7 @@ def test_watcher_and_mount_outlive_a_store_that_vanishes_and_comes_back(cask: Co
             assert opened.read() == (one / "vae/diffusion_pytorch_model.safetensors").read_bytes()
         finally:
             opened.close()
-            end_watching(process)
+            end_watching(cask, process)
         promises.check_sound(cask.store)
 
 
@@ -400,7 +408,7 @@ def listing(folder: Path) -> list[str]:
         return []
 
 
-def said_of_failure(process: subprocess.Popen[str]) -> str:
-    assert process.stderr is not None
-    line = process.stderr.readline()
-    return line if "failed" in line else ""
+def said_of_failure(cask: CommandLine) -> str:
+    """The lines in which the watcher says that an import failed; waits for the first."""
+    said = said_by_watcher(cask)
+    return str(wait_for(lambda: "".join(line for line in said.read_text().splitlines() if ": failed: " in line)))
