@@ -198,10 +198,11 @@ class ManifestStore:
         except (FileNotFoundError, NotADirectoryError):
             return False
 
-    def write(self, name: ModelName, manifest: Manifest, *, temporary: Path) -> Digest:
+    def write(self, name: ModelName, manifest: Manifest, *, temporary: Path, renew: bool = False) -> Digest:
         """Commit `manifest` under `name`, replacing what is there; durable when it returns.
 
-        All its blobs must be durable before. A file that holds these bytes already is left as it is.
+        All its blobs must be durable before. A file that holds these bytes already is left as it is, but if it is
+        to `renew`: a blob of it was stored anew, and mounts may have read what was there before.
         """
         data = manifest.encode()
         path = self.path(name)
@@ -211,6 +212,8 @@ class ManifestStore:
             unchanged = False
         if not unchanged:
             self._write(path, data, temporary)
+        elif renew:
+            self._renew(path)
         return Digest.of(data)
 
     def _write(self, path: Path, data: bytes, temporary: Path) -> None:
@@ -231,12 +234,15 @@ class ManifestStore:
 
     def renew(self, stored: StoredManifest) -> None:
         """Give the manifest's file another version, its bytes unchanged: mounts show the model anew."""
+        self._renew(stored.path)
+
+    def _renew(self, path: Path) -> None:
         try:
-            os.utime(stored.path)
+            os.utime(path)
         except FileNotFoundError:
             pass  # removed meanwhile
         except OSError as error:
-            log.warning("%s: cannot be touched (%s), mounts may show it as it was", stored.path, error.strerror)
+            log.warning("%s: cannot be touched (%s), mounts may show it as it was", path, error.strerror)
 
     def remove(self, name: ModelName) -> None:
         """Remove the manifest of `name`, durably, and the directories this leaves empty.
