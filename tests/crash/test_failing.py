@@ -277,7 +277,7 @@ def limited(cask: CommandLine, kind: int, limit: int, *arguments: str | Path) ->
 def test_too_few_open_files_fail_the_import_in_words(cask: CommandLine, memory: Path, torture: bool) -> None:
     folder = write_model(memory / "m", shards=6)
     failed = 0
-    for limit in range(6, 40, 1 if torture else 4):
+    for limit in range(6, 40, 1 if torture else 8):
         root = memory / f"store-{limit}"
         done = limited(cask, resource.RLIMIT_NOFILE, limit, "import", folder, "--store", root)
         if done.returncode == 0:
@@ -300,7 +300,7 @@ def test_too_little_memory_fails_the_import_in_words(cask: CommandLine, memory: 
     large = {f"large{n}": tensor(f"large{n}", 1000, 2000) for n in range(4)}
     write_component(folder / "vae", [large], stem="diffusion_pytorch_model")
     said = []
-    for mebibytes in range(40, 260, 4 if torture else 16):
+    for mebibytes in range(40, 260, 4 if torture else 40):
         root = memory / f"store-{mebibytes}"
         done = limited(cask, resource.RLIMIT_AS, mebibytes << 20, "import", folder, "--store", root)
         if done.returncode == 0:

@@ -146,7 +146,7 @@ def test_a_store_does_what_a_dict_would(memory: Path, torture: bool) -> None:
     reference.index.close()
     machine = type("Machine", (StoreMachine,), {"folders": folders, "expected": expected})
     size = settings(
-        max_examples=400 if torture else 12,
+        max_examples=400 if torture else 10,
         stateful_step_count=50 if torture else 25,
         deadline=None,
         derandomize=not torture,
@@ -205,7 +205,7 @@ def test_many_processes_at_once_disturb_nobody(cask: CommandLine, memory: Path, 
         [promises.verifying_soundness],
     ]
     promises.importing(folders["two"], quantize="int4")(memory / "warm")
-    deadline = time.monotonic() + (120 if torture else 5)
+    deadline = time.monotonic() + (120 if torture else 3)
     with cask.mounted(memory / "mnt") as mounted:
         models = mounted / "diffusers/library"
         readers = [
