@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 
-.PHONY: up test test-clients lint bench setup clean
+.PHONY: up test test-clients torture lint bench setup clean
 
 up: $(VENV)/.installed libfuse
 	@exec $(BIN)/modelcask up
@@ -14,6 +14,10 @@ test: $(VENV)/.installed-dev libfuse
 
 test-clients: $(VENV)/.installed-clients libfuse
 	$(BIN)/python -m pytest -m "clients or large" --timeout 1200
+
+# Kills, power cuts, failing disks and the like at full size; `make test` runs a sample of each.
+torture: $(VENV)/.installed-dev libfuse filesystems
+	$(BIN)/python -m pytest -m torture --torture --timeout 3600 -s
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
@@ -44,6 +48,10 @@ $(VENV)/.installed-clients: $(VENV)/.installed-dev
 .PHONY: libfuse
 libfuse:
 	@sh .ci/libfuse
+
+.PHONY: filesystems
+filesystems:
+	@sh .ci/filesystems
 
 clean:
 	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .import_linter_cache

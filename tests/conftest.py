@@ -18,6 +18,16 @@ DATA = Path(__file__).parent / "data"
 os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT / "daemon"), str(ROOT / "fs")])
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--torture", action="store_true", help="run the tests marked torture at their full size")
+
+
+@pytest.fixture(scope="session")
+def torture(request: pytest.FixtureRequest) -> bool:
+    """Whether tests marked `torture` run at their full size, minutes each, and not as a sample of it."""
+    return bool(request.config.getoption("--torture"))
+
+
 @pytest.fixture
 def vector_model() -> Path:
     """A folder of awkward cases, with what upstream's importer made of it in `upstream.json`."""

@@ -96,6 +96,7 @@ class Ingestion:
         """
         self._blobs = blobs
         self._temporary = temporary
+        self._filesystem = durable.Filesystem(temporary)
         self._lease = lease
         self._lock = threading.Lock()
         self._flushing = threading.Lock()
@@ -185,7 +186,7 @@ class Ingestion:
             with self._lock:
                 batch, self._staged, self._staged_bytes = self._staged, {}, 0
             if batch:
-                durable.sync_filesystem(self._temporary)
+                self._filesystem.flush()
                 pairs = [(temporary, self._blobs.path(digest)) for digest, temporary in batch.items()]
                 durable.publish_flushed(pairs, self._blobs.directory)
 
@@ -196,6 +197,10 @@ class Ingestion:
             return self._temporary / str(self._count)
 
     def close(self) -> None:
-        """Remove all that is left in the temporary folder, and the folder."""
+        """Remove all that is left in the temporary folder, and the folder.
+
+        What cannot be removed, since the disk fails, whoever writes next removes; why it fails is told already.
+        """
         self._writeback.shutdown()
-        shutil.rmtree(self._temporary)
+        self._filesystem.close()
+        shutil.rmtree(self._temporary, ignore_errors=True)

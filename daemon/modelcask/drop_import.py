@@ -20,6 +20,7 @@ from modelcask.errors import (
     ModelcaskError,
     SourceChanged,
     disk_error,
+    memory_error,
     printable,
 )
 from modelcask.index import Drop
@@ -142,6 +143,8 @@ class _Work:
         except OSError as error:
             return ImportOutcome(self.row("", "failed", disk_error(error)), passing_fault=True)
         except Exception as error:  # a bug that one drop meets must not keep the others from being imported
+            if lack := memory_error(error):
+                return ImportOutcome(self.row("", "failed", lack), passing_fault=True)
             log.exception("%s: this is a bug", self._found.name, extra={"model": self._found.name})
             what = f"{type(error).__name__}: {error}"
             return ImportOutcome(self.row(fingerprint, "failed", f"this is a bug: {what}; report the log's traceback"))

@@ -18,19 +18,38 @@ _SYNC_FILE_RANGE_WRITE = 2
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
-def sync_filesystem(directory: Path) -> None:
-    """Flush all that was written to the filesystem of `directory`, as one operation.
+class Filesystem:
+    """The filesystem of a folder, to be flushed; close it after.
 
-    One syncfs(2) in place of an fsync a file: a model has thousands of blobs, and an fsync each costs a
-    journal commit each. Linux reports write-back errors through it since 5.8.
+    Open it before what it is to flush is written: the kernel tells an error of write-back to those who have the
+    filesystem open then. Who comes later hears of it only if nobody, such as another program's `sync`, has before.
     """
-    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        if _libc.syncfs(fd):
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        self._fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+
+    def flush(self) -> None:
+        """Flush all that was written to it, as one operation. May be called again.
+
+        One syncfs(2) in place of an fsync a file: a model has thousands of blobs, and an fsync each costs a
+        journal commit each. Linux reports write-back errors through it since 5.8.
+        """
+        if _libc.syncfs(self._fd):
             code = ctypes.get_errno()
-            raise OSError(code, os.strerror(code), str(directory))
+            raise OSError(code, os.strerror(code), str(self._directory))
+
+    def close(self) -> None:
+        os.close(self._fd)
+
+
+def sync_filesystem(directory: Path) -> None:
+    """Flush the filesystem of `directory`, for the order of what others wrote; of their errors it may not hear."""
+    filesystem = Filesystem(directory)
+    try:
+        filesystem.flush()
     finally:
-        os.close(fd)
+        filesystem.close()
 
 
 def start_writeback(fd: int) -> None:
@@ -130,7 +149,12 @@ def write_at(fd: int, data: memoryview, offset: int) -> int:
 def remove_file(path: Path) -> None:
     """Remove `path` durably. Raises FileNotFoundError if it is not there."""
     path.unlink()
-    sync_directory(path.parent)
+    for directory in path.parents:
+        try:
+            sync_directory(directory)
+            break
+        except FileNotFoundError:
+            continue  # somebody found it empty and removed it: its own name is gone, then
 
 
 def move(source: Path, final: Path) -> None:

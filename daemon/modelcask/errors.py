@@ -39,6 +39,16 @@ def disk_error(error: OSError) -> str:
     return f"{where}{what}" + (f"; {advice}" if advice else "")
 
 
+def memory_error(error: BaseException) -> str | None:
+    """One line if the error comes from too little memory: what, what to do; None if it does not."""
+    # The second and third are how Python says that mmap(2) failed, for a stack and for a library.
+    if isinstance(error, MemoryError) or any(
+        sign in str(error) for sign in ("can't start new thread", "failed to map segment from shared object")
+    ):
+        return "there is not enough memory; close other programs, or raise the limit (ulimit -v)"
+    return None
+
+
 class ModelcaskError(Exception):
     """The root of all domain errors; `str()` is one printable line."""
 

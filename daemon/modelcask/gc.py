@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
-from modelcask import leases
+from modelcask import durable, leases
 from modelcask.digest import Digest
 from modelcask.manifests import version_of
 from modelcask.store import Store
@@ -72,6 +72,10 @@ def collect(store: Store) -> Garbage:
     store.remove_abandoned_files()
     reached = _Reached(store)
     plan = _plan(store, reached)
+    if plan.blobs:
+        # A manifest may be replaced or removed and that not be flushed yet, its writer killed. Were blobs gone before,
+        # a power cut could bring the old manifest back without them; btrfs does.
+        durable.sync_filesystem(store.root)
     removed: dict[Digest, int] = {}
     planned = iter(plan.blobs.items())
     while portion := list(islice(planned, _PORTION)):

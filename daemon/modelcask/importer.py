@@ -96,9 +96,11 @@ def run_import(store: Store, plan: ImportPlan, *, report: Report, stop: threadin
             ingestion.commit(manifest.blobs())
         source.check_unchanged(plan.folder)
         results = []
+        new = frozenset(work.ranges.new)
         for model, manifest in manifests:
             name = store.manifests.stored_name(model.name)
-            digest = store.manifests.write(name, manifest, temporary=ingestion.temporary_name())
+            healed = not new.isdisjoint(manifest.blobs())
+            digest = store.manifests.write(name, manifest, temporary=ingestion.temporary_name(), renew=healed)
             results.append(work.result(model, name, manifest, digest, time.monotonic() - started))
     try:
         _record(store, plan, work.ranges, results)

@@ -15,7 +15,7 @@ import os
 import threading
 import time
 from collections.abc import Container, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -52,7 +52,8 @@ class Lease:
                     durable.write_all(self._fd, _lines(protected))
         except BaseException:
             if self._fd >= 0:
-                self._path.unlink(missing_ok=True)
+                with suppress(OSError):
+                    self._path.unlink()
                 os.close(self._fd)
             os.close(self._gate)
             raise
@@ -77,7 +78,8 @@ class Lease:
 
     def release(self) -> None:
         """Give the lease up. What a manifest does not reach by now, gc may take."""
-        self._path.unlink(missing_ok=True)
+        with suppress(OSError):  # a disk that fails now: closed, the lease is dead, and whoever writes next removes it
+            self._path.unlink()
         os.close(self._fd)
         os.close(self._gate)
 

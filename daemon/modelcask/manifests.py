@@ -5,6 +5,7 @@ The JSON is the Docker v2 schema as upstream writes it; see DESIGN.md, "Manifest
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 from collections.abc import Iterator
@@ -190,10 +191,18 @@ class ManifestStore:
             raise InvalidManifest(path, "it does not lie at <host>/<namespace>/<name>/<tag>") from None
         return StoredManifest(name, path, Manifest.decode(data, path), Digest.of(data), version_of(stat))
 
-    def write(self, name: ModelName, manifest: Manifest, *, temporary: Path) -> Digest:
+    def is_unchanged(self, stored: StoredManifest) -> bool:
+        """Whether the manifest has been there, in this state, ever since it was read."""
+        try:
+            return version_of(stored.path.stat()) == stored.version
+        except (FileNotFoundError, NotADirectoryError):
+            return False
+
+    def write(self, name: ModelName, manifest: Manifest, *, temporary: Path, renew: bool = False) -> Digest:
         """Commit `manifest` under `name`, replacing what is there; durable when it returns.
 
-        All its blobs must be durable before. A file that holds these bytes already is left as it is.
+        All its blobs must be durable before. A file that holds these bytes already is left as it is, but if it is
+        to `renew`: a blob of it was stored anew, and mounts may have read what was there before.
         """
         data = manifest.encode()
         path = self.path(name)
@@ -203,28 +212,37 @@ class ManifestStore:
             unchanged = False
         if not unchanged:
             self._write(path, data, temporary)
+        elif renew:
+            self._renew(path)
         return Digest.of(data)
 
     def _write(self, path: Path, data: bytes, temporary: Path) -> None:
         for _ in range(_TRIES):
-            durable.make_directory(path.parent)
+            if not self._root.is_dir():  # the store is gone; what is made in its place would hinder its return
+                raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(self._root))
+            try:
+                durable.make_directory(path.parent)
+            except FileNotFoundError:
+                continue  # who removed the last other tag removed the directory, too
             try:
                 durable.write_file(path, data, temporary=temporary, mode=0o644)
                 return
             except FileNotFoundError:
                 if path.parent.exists():
                     raise
-                # Who removed the last other tag removed the directory, too.
         raise InvalidManifest(path, "its directory vanishes again and again")
 
     def renew(self, stored: StoredManifest) -> None:
         """Give the manifest's file another version, its bytes unchanged: mounts show the model anew."""
+        self._renew(stored.path)
+
+    def _renew(self, path: Path) -> None:
         try:
-            os.utime(stored.path)
+            os.utime(path)
         except FileNotFoundError:
             pass  # removed meanwhile
         except OSError as error:
-            log.warning("%s: cannot be touched (%s), mounts may show it as it was", stored.path, error.strerror)
+            log.warning("%s: cannot be touched (%s), mounts may show it as it was", path, error.strerror)
 
     def remove(self, name: ModelName) -> None:
         """Remove the manifest of `name`, durably, and the directories this leaves empty.

@@ -125,7 +125,13 @@ def _check(root: Path) -> None:
         raise InvalidStore(
             root / "store.json", f"cannot be read: {error}", "restore it, or remove it if it is torn"
         ) from None
-    if type(version) is not int or version > FORMAT_VERSION:
+    if fields.get("format") != "modelcask":
+        raise InvalidStore(root / "store.json", f"is of the format {fields.get('format')}", "give another --store")
+    if type(version) is not int or version < 1:
+        raise InvalidStore(
+            root / "store.json", f"is of version {version}, which no modelcask made", "restore it, or remove it"
+        )
+    if version > FORMAT_VERSION:
         raise InvalidStore(
             root,
             f"is a store of version {version}, this modelcask knows versions up to {FORMAT_VERSION}",

@@ -84,26 +84,33 @@ def verify(
     """
     chosen = [store.manifests.read(name) for name in names]
     manifests, unreadable = _all_manifests(store)
-    users: dict[Digest, list[str]] = defaultdict(list)
+    users: dict[Digest, list[StoredManifest]] = defaultdict(list)
     for stored in manifests:
         for digest in stored.manifest.blobs():
-            users[digest].append(str(stored.name))
+            users[digest].append(stored)
     expected = {digest for stored in chosen or manifests for digest in stored.manifest.blobs()}
     present = {digest: size for digest in expected if (size := store.blobs.size(digest)) is not None}
     if not chosen:
         present.update(store.blobs.enumerate())
 
     def damage(digest: Digest, path: Path) -> Damage:
-        return Damage(digest, path, tuple(users.get(digest, ())))
+        return Damage(digest, path, tuple(str(stored.name) for stored in users.get(digest, ())))
 
-    missing = [damage(digest, store.blobs.path(digest)) for digest in sorted(expected - present.keys())]
+    # What is not there may belong to a model that was removed since its manifest was read, and gc took it.
+    missing = [
+        damage(digest, store.blobs.path(digest))
+        for digest in sorted(expected - present.keys())
+        if any(store.manifests.is_unchanged(stored) for stored in users[digest])
+    ]
     fingerprints = store.index.fingerprints() if quick and store.has_index else {}
     reading = _Reading(store, fingerprints, report, stop, sum(present.values()))
     corrupt = reading.corrupt_among(sorted(present))
     set_aside = tuple(damage(digest, _quarantine(store, digest, found)) for digest, found in sorted(corrupt.items()))
+    # A missing one may be what a verify that was killed has quarantined.
+    damaged = corrupt.keys() | {each.digest for each in missing}
     for stored in _all_manifests(store)[0]:
         # What a mount or the kernel has read of the damaged bytes must not be shown again.
-        if not corrupt.keys().isdisjoint(stored.manifest.blobs()):
+        if not damaged.isdisjoint(stored.manifest.blobs()):
             store.manifests.renew(stored)
     return Verification(
         reading.checked + len(missing),

@@ -4,6 +4,8 @@ from pathlib import Path
 import pytest
 
 from folders import write_model
+from modelcask import gc
+from modelcask import verify as verify_module
 from modelcask.errors import ModelNotFound
 from modelcask.names import ModelName
 from modelcask.store import Store
@@ -83,6 +85,23 @@ def test_a_missing_blob_is_found(two_models: Store) -> None:
     (damage,) = check(two_models, "two").missing
     assert (damage.path, damage.used_by) == (blob, ("library/two:latest",))
     assert check(two_models, "one").is_sound
+
+
+def test_what_a_model_needed_that_was_removed_meanwhile_is_not_missing(
+    two_models: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read = verify_module._all_manifests
+    name = ModelName.parse("two")
+
+    def read_then_remove(store: Store) -> object:
+        found = read(store)
+        if store.manifests.path(name).exists():
+            store.manifests.remove(name)
+            gc.collect(store)
+        return found
+
+    monkeypatch.setattr(verify_module, "_all_manifests", read_then_remove)
+    assert check(two_models).is_sound
 
 
 def test_a_damaged_manifest_is_found(two_models: Store) -> None:

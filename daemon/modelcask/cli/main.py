@@ -10,7 +10,7 @@ import traceback
 import click
 
 from modelcask import __version__
-from modelcask.errors import ModelcaskError, disk_error, printable
+from modelcask.errors import ModelcaskError, disk_error, memory_error, printable
 
 # Commands by the module that holds them. Only the one that runs is imported: `modelcask ls` starts in a
 # quarter of a second because nothing else is loaded (tests/bench/bench_cold_start.py).
@@ -100,7 +100,8 @@ def main() -> None:
         if debug:
             traceback.print_exc()
         what = printable(f"{type(error).__name__}: {error}")
-        click.echo(f"modelcask: this is a bug: {what}; run it again with --debug and report what it prints", err=True)
+        bug = f"this is a bug: {what}; run it again with --debug and report what it prints"
+        click.echo(f"modelcask: {memory_error(error) or bug}", err=True)
         sys.exit(1)
 
 
