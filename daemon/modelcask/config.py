@@ -67,8 +67,10 @@ def load(path: Path | None = None) -> Config:
         if path is not None:
             raise InvalidConfig(where, "there is no such file; leave --config out to do without one") from None
         fields = {}
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except ValueError as error:  # no UTF-8, no TOML, or a number of more digits than Python reads
         raise InvalidConfig(where, f"is no TOML: {error}") from None
+    except RecursionError:
+        raise InvalidConfig(where, "is nested too deeply") from None
     reader = _Reader(where)
     reader.only(fields, {"store", "mount", "drop"}, "")
     drops = fields.get("drop", [{"path": "~/imports"}])
@@ -95,7 +97,7 @@ class _Reader:
         value = fields.get(key)
         if value is None:
             return None
-        if not isinstance(value, str) or not value:
+        if not isinstance(value, str) or not value or "\0" in value:
             raise InvalidConfig(self._where, f"{prefix}{key}: write a path in quotes")
         try:
             path = Path(value).expanduser()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +31,7 @@ REPORT_TYPE = "application/vnd.modelcask.quantization"
 MODEL_INDEX = "model_index.json"
 
 _TRIES = 10
-
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 log = logging.getLogger("modelcask")
 
@@ -300,8 +301,10 @@ def _layer(fields: Any) -> Layer:
     )
     if not isinstance(media_type, str) or not isinstance(digest, str) or not isinstance(name, str):
         raise ValueError("a layer's field is not text")
-    if type(size) is not int or size < 0:
+    if type(size) is not int or not 0 <= size < 1 << 63:
         raise ValueError("a layer's size is not a size")
+    if _SURROGATE.search(name) or _SURROGATE.search(media_type):
+        raise ValueError("a layer's field holds a lone surrogate")
     return Layer(media_type, Digest.parse(digest), size, name)
 
 

@@ -67,7 +67,7 @@ class Found:
                 )
             )
         except InvalidName:
-            return self.path.name
+            return printable(self.path.name)
 
 
 def find_drops(directory: DropDirectory) -> Iterator[Found]:

@@ -16,8 +16,9 @@ from pathlib import Path, PurePosixPath
 import xxhash
 
 from modelcask import source
-from modelcask.errors import ModelcaskError, SourceChanged, disk_error
+from modelcask.errors import ModelcaskError, SourceChanged, disk_error, printable
 from modelcask.plan import MAX_JSON, ImportPlan, plan_import
+from modelcask.safetensors_layout import check_size
 from modelcask.source import PARTIAL_SUFFIXES, SourceFile, SourceFolder
 
 # Where huggingface_hub keeps what it is downloading into a --local-dir.
@@ -66,13 +67,13 @@ def look(path: Path, *, namespace: str | None, quantize: str | None = None) -> L
         return Look("", None, disk_error(error))
     try:
         if download := _download_under_way(path, folder):
-            return Look(fingerprint, None, f"{download}: a download is under way")
+            return Look(fingerprint, None, printable(f"{download}: a download is under way"))
         plan = plan_import(folder, namespace=namespace, quantize=quantize)
         if half := _half_written_json(folder):
-            return Look(fingerprint, None, f"{half.host}: is no JSON yet")
+            return Look(fingerprint, None, printable(f"{half.host}: is no JSON yet"))
         return Look(fingerprint, plan, None)
     except SourceChanged as error:
-        return Look(fingerprint, None, f"{error.path}: is still being written")
+        return Look(fingerprint, None, printable(f"{error.path}: is still being written"))
     except ModelcaskError as error:
         return Look(fingerprint, None, str(error))
     except OSError as error:
@@ -94,7 +95,9 @@ def _half_written_json(folder: SourceFolder) -> SourceFile | None:
     for file in folder.files:
         if file.path.name in _PARSED_BY_CLIENTS:
             try:
-                json.loads(source.read(file, limit=MAX_JSON))
+                text = source.read(file, limit=MAX_JSON)
+                check_size(text)
+                json.loads(text)
             except (ValueError, RecursionError):
                 return file
     return None

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import click
 
-from modelcask.errors import ModelcaskError, MountFailed
+from modelcask.errors import ModelcaskError, MountFailed, disk_error
 from modelcask.store import Store
 from modelcaskfs import __version__
 
@@ -50,7 +50,7 @@ def main() -> None:
         error.show()
         sys.exit(error.exit_code)
     except (ModelcaskError, OSError) as error:
-        click.echo(f"modelcaskfs: {error}", err=True)
+        click.echo(f"modelcaskfs: {disk_error(error) if isinstance(error, OSError) else error}", err=True)
         sys.exit(1)
 
 
