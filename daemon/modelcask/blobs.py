@@ -51,7 +51,8 @@ class BlobStore:
         """
         path = self.path(digest)
         try:
-            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            # O_NONBLOCK: should a FIFO stand there, nobody waits for its writer.
+            fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
         except FileNotFoundError:
             raise CorruptBlob(path, "this blob is missing") from None
         actual = os.fstat(fd).st_size

@@ -245,11 +245,19 @@ class ManifestStore:
                 break  # not empty: another model lives there
 
     def files(self) -> Iterator[Path]:
-        """Every file below `manifests/`, sorted, whether it is a manifest or not."""
-        for directory, folders, names in os.walk(self._root, onerror=_raise_unless_missing):
-            folders.sort()
-            for name in sorted(names):
-                yield Path(directory, name)
+        """Every file below `manifests/`, whether it is a manifest or not.
+
+        Folders that are symlinks are followed, as looking a model up follows them.
+
+        Raises:
+            InvalidManifest: a symlink leads nowhere: the disk with what it stands for may not be mounted.
+        """
+        return _files(self._root, ())
+
+    @property
+    def exist(self) -> bool:
+        """Whether there is a folder for them."""
+        return self._root.is_dir()
 
     def names(self) -> Iterator[ModelName]:
         """The names that have a manifest, sorted; files elsewhere or with names outside the rules are passed over."""
@@ -308,6 +316,24 @@ def _layer(fields: Any) -> Layer:
     return Layer(media_type, Digest.parse(digest), size, name)
 
 
+def _files(directory: Path, above: tuple[str, ...]) -> Iterator[Path]:
+    """The files below `directory`; `above` are the real paths of the folders it was reached through."""
+    here = (*above, os.path.realpath(directory))
+    try:
+        entries = sorted(os.scandir(directory), key=lambda entry: entry.name)
+    except FileNotFoundError:
+        return  # removed meanwhile
+    for entry in entries:
+        path = directory / entry.name
+        if entry.is_dir():
+            if not (entry.is_symlink() and os.path.realpath(path) in here):  # else it would go round and round
+                yield from _files(path, here)
+        elif entry.is_symlink() and not path.exists():
+            raise InvalidManifest(path, "is a symlink to something that is not there")
+        else:
+            yield path
+
+
 def _existing_spelling(directory: Path, part: str) -> Path:
     exact = directory / part
     if exact.exists():
@@ -320,8 +346,3 @@ def _existing_spelling(directory: Path, part: str) -> Path:
     except (FileNotFoundError, NotADirectoryError):
         pass  # nothing there yet: the spelling is the caller's
     return exact
-
-
-def _raise_unless_missing(error: OSError) -> None:
-    if not isinstance(error, FileNotFoundError):
-        raise error

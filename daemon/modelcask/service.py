@@ -50,11 +50,16 @@ _PROGRESS = 0.5
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """A folder in a drop directory that may be a model."""
+    """A folder in a drop directory that may be a model.
+
+    Attributes:
+        beneath: the configured drop directory, which others may write to.
+    """
 
     path: Path
     directory: DropDirectory
     namespace: str | None
+    beneath: Path
 
     @property
     def name(self) -> str:
@@ -70,22 +75,23 @@ class Found:
             return printable(self.path.name)
 
 
-def find_drops(directory: DropDirectory) -> Iterator[Found]:
+def find_drops(directory: DropDirectory, *, beneath: Path | None = None) -> Iterator[Found]:
     """The folders in a drop directory that are, or may become, models.
 
     `int4/` and the other types are drop directories of their own; a folder that holds model folders gives
     them its name as their namespace. What cannot be read is passed over.
     """
+    top = beneath or directory.path
     for child in _folders(directory.path):
         if child.name in QUANT_TYPES and directory.quantize is None:
-            yield from find_drops(replace(directory, path=child, quantize=child.name))
+            yield from find_drops(replace(directory, path=child, quantize=child.name), beneath=top)
             continue
         models = [] if _is_model(child) else [below for below in _folders(child) if _is_model(below)]
         if models:
             namespace = namespace_from_folder_name(child.name)
-            yield from (Found(model, directory, namespace) for model in models)
+            yield from (Found(model, directory, namespace, top) for model in models)
         else:
-            yield Found(child, directory, directory.namespace)
+            yield Found(child, directory, directory.namespace, top)
 
 
 @dataclass
@@ -142,9 +148,10 @@ class Service:
             wait = self._try_again.get(found.path, 0) - time.monotonic()
             if known.state == "failed" and wait > 0:
                 return wait
-            if known.fingerprint and known.fingerprint == _fingerprint(found.path):
+            if known.fingerprint and known.fingerprint == _fingerprint(found):
                 return math.inf
-        look = settle.look(found.path, namespace=found.namespace, quantize=found.directory.quantize)
+        quantize = found.directory.quantize
+        look = settle.look(found.path, namespace=found.namespace, quantize=quantize, beneath=found.beneath)
         before, self._looks[found.path] = self._looks.get(found.path), look
         changed = before is None or before.fingerprint != look.fingerprint
         if look.plan is not None and not changed:
@@ -246,9 +253,9 @@ class _Progress:
         self._save(done, total)
 
 
-def _fingerprint(path: Path) -> str:
+def _fingerprint(found: Found) -> str:
     try:
-        return settle.fingerprint_of(source.look(path))
+        return settle.fingerprint_of(source.look(found.path, beneath=found.beneath))
     except (ModelcaskError, OSError):
         return ""
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import stat
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -53,13 +54,13 @@ class Look:
     missing: str | None
 
 
-def look(path: Path, *, namespace: str | None, quantize: str | None = None) -> Look:
+def look(path: Path, *, namespace: str | None, quantize: str | None = None, beneath: Path | None = None) -> Look:
     """Look at the drop `path`, to be imported with these options. Files are opened to read their headers only.
 
-    Whatever cannot be read is told as missing.
+    Whatever cannot be read is told as missing. `beneath` is the drop directory, see `source.look`.
     """
     try:
-        folder = source.look(path)
+        folder = source.look(path, beneath=beneath)
         fingerprint = fingerprint_of(folder)
     except ModelcaskError as error:
         return Look("", None, str(error))
@@ -108,8 +109,11 @@ def _download_under_way(root: Path, folder: SourceFolder) -> Path | None:
         if entry.path.lower().endswith(PARTIAL_SUFFIXES):
             return root / entry.path
     downloads = root / _HUB_DOWNLOADS
-    if downloads.is_dir():
-        for path in sorted(downloads.rglob("*")):
+    if any((root / part).is_symlink() for part in (_HUB_DOWNLOADS, *_HUB_DOWNLOADS.parents)[:-1]):
+        return None  # no downloader's; who knows where it leads
+    for directory, _, names in os.walk(downloads):
+        for name in sorted(names):
+            path = Path(directory, name)
             if path.suffix == ".incomplete" or (path.suffix == ".lock" and _is_locked(path)):
                 return path
     return None
@@ -118,7 +122,9 @@ def _download_under_way(root: Path, folder: SourceFolder) -> Path | None:
 def _is_locked(path: Path) -> bool:
     """Whether a process holds the lock file: huggingface_hub leaves it behind when the download is done."""
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # a FIFO must not make us wait
+        if not stat.S_ISREG(path.lstat().st_mode):
+            return False  # opening a device can do something
+        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC)
     except FileNotFoundError:
         return False
     try:

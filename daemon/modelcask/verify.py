@@ -10,9 +10,10 @@ import errno
 import hashlib
 import logging
 import os
+import stat
 import threading
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from io import FileIO
@@ -23,7 +24,7 @@ import xxhash
 
 from modelcask import durable, leases
 from modelcask.digest import Digest
-from modelcask.errors import InvalidManifest
+from modelcask.errors import IndexFailed, InvalidManifest
 from modelcask.manifests import StoredManifest
 from modelcask.names import ModelName
 from modelcask.store import Store
@@ -59,7 +60,7 @@ class Verification:
 
     Attributes:
         checked, read_bytes: blobs looked at, bytes read of them.
-        unreadable: manifests that cannot be read, so that nothing is known of what they need.
+        unreadable: manifests that cannot be read or have rotted, so that what they need is not known.
     """
 
     checked: int
@@ -102,7 +103,7 @@ def verify(
         return Damage(digest, path, tuple(users.get(digest, ())))
 
     missing = [damage(digest, store.blobs.path(digest)) for digest in sorted(expected - present.keys())]
-    fingerprints = store.index.fingerprints() if quick and store.has_index else {}
+    fingerprints = _fingerprints(store) if quick else {}
     reading = _Reading(store, fingerprints, report, stop, sum(present.values()))
     corrupt = reading.corrupt_among(sorted(present))
     set_aside = tuple(damage(digest, _quarantine(store, digest, found)) for digest, found in sorted(corrupt.items()))
@@ -110,13 +111,34 @@ def verify(
         # What a mount or the kernel has read of the damaged bytes must not be shown again.
         if not corrupt.keys().isdisjoint(stored.manifest.blobs()):
             store.manifests.renew(stored)
+    looked_at = chosen or manifests
+    wrong_sizes = [error for stored in looked_at for error in _wrong_sizes(stored, present, corrupt)]
     return Verification(
         reading.checked + len(missing),
         reading.done,
         set_aside,
         tuple(missing),
-        () if chosen else unreadable,
+        (*(() if chosen else unreadable), *store.check_as_imported(looked_at), *wrong_sizes),
     )
+
+
+def _fingerprints(store: Store) -> Mapping[Digest, int]:
+    try:
+        return store.index.fingerprints() if store.has_index else {}
+    except IndexFailed as error:
+        log.warning("%s", error)
+        return {}  # sha256 needs none
+
+
+def _wrong_sizes(
+    stored: StoredManifest, present: Mapping[Digest, int], corrupt: Container[Digest]
+) -> Iterator[InvalidManifest]:
+    """Where a manifest gives a sound blob another size, and so is itself what is damaged."""
+    for layer in (stored.manifest.config, *stored.manifest.layers):
+        size = present.get(layer.digest, layer.size)
+        if size != layer.size and layer.digest not in corrupt:
+            yield InvalidManifest(stored.path, f"says that {layer.digest} has {layer.size} bytes, it has {size}")
+            return
 
 
 def _all_manifests(store: Store) -> tuple[list[StoredManifest], tuple[InvalidManifest, ...]]:
@@ -157,6 +179,8 @@ class _Reading:
         path = self._store.blobs.path(digest)
         try:
             status = path.stat()
+            if not stat.S_ISREG(status.st_mode):
+                return status
             with path.open("rb", buffering=0) as file:
                 known = self._fingerprints.get(digest)
                 # A fingerprint that differs may itself be wrong; sha256 decides.

@@ -37,12 +37,14 @@ _MODEL = Path(__file__).parent.parent / "data" / "model"
 # What a structured input is put together from: what the readers look for, and what they must not take.
 _TEXTS = (
     "", "a", "b", "dtype", "shape", "data_offsets", "__metadata__", "F32", "BF16", "F4", "BOOL", "format", "pt", "..",
-    "/", "vae", "vae/config.json", "transformer/x", "text_encoder", "../../etc/passwd", "model_index.json", "_class_name",
-    "weight_map", "metadata", "x.safetensors", "mediaType", "schemaVersion", "config", "layers", "digest", "size", "name",
+    "/", "vae", "vae/config.json", "transformer/x", "text_encoder", "../../etc/passwd", "model_index.json",
+    "_class_name", "weight_map", "metadata", "x.safetensors", "mediaType", "schemaVersion", "config", "layers",
+    "digest", "size", "name",
     "application/vnd.docker.distribution.manifest.v2+json", "application/vnd.ollama.image.tensor",
     "application/vnd.ollama.image.json", "application/vnd.modelcask.file",
     "application/vnd.modelcask.safetensors.header", "application/vnd.modelcask.quantization",
-    "sha256:" + "0" * 64, "int4", "quant_type", "tensors", "\ud800", "\udc80", "\0", "\x1b[31m", "\u202e", "<&\u2028", "a\nb",
+    "sha256:" + "0" * 64, "int4", "quant_type", "tensors", "\ud800", "\udc80", "\0",
+    "\x1b[31m", "\u202e", "<&\u2028", "a\nb",
 )  # fmt: skip
 _NUMBERS = (0, 1, 2, 3, 4, 8, 16, 255, -1, 2**31, 2**53 + 1, 2**63 - 1, 2**63, 2**64, 10**400, 0.5, -0.0, 1e308, 1e-7)
 
@@ -128,7 +130,7 @@ def _text_or_structure(data: bytes, structured: Callable[[_Structure], Any]) -> 
 @cache
 def _scratch() -> Path:
     """A folder in memory for what is read from files."""
-    directory = "/dev/shm" if os.path.isdir("/dev/shm") else None
+    directory = "/dev/shm" if Path("/dev/shm").is_dir() else None
     return Path(tempfile.mkdtemp(prefix="modelcask-fuzz-", dir=directory))
 
 
