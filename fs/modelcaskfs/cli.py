@@ -24,7 +24,7 @@ _FOR_OTHERS = ("auto", "noauto", "user", "nouser", "users", "nofail", "_netdev",
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
 @click.argument("store", type=click.Path(path_type=Path))
 @click.argument("directory", type=click.Path(path_type=Path))
-@click.option("-o", "options", multiple=True, metavar="OPT[,OPT…]", help="Mount options, such as allow_other.")
+@click.option("-o", "options", multiple=True, metavar="OPT[,OPT…]", help="Mount options: verify, allow_other, …")
 @click.option("-f", "--foreground", is_flag=True, help="Stay in front and log to stderr.")
 @click.version_option(__version__)
 def command(store: Path, directory: Path, options: tuple[str, ...], *, foreground: bool) -> None:
