@@ -42,7 +42,8 @@ def _cut(text: str) -> str:
 def disk_error(error: OSError) -> str:
     """One line for an error of the disk: what, where, what to do."""
     where = printable(str(error.filename)) + ": " if error.filename else ""
-    what = (error.strerror or str(error)).lower()
+    what = error.strerror or str(error)
+    what = what[:1].lower() + what[1:]
     advice = _WHAT_TO_DO.get(error.errno or 0)
     return f"{where}{what}" + (f"; {advice}" if advice else "")
 

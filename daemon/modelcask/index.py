@@ -6,6 +6,7 @@ lost, all but the history is rebuilt by use.
 
 from __future__ import annotations
 
+import os
 import sqlite3
 import threading
 import time
@@ -16,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import quote
 
+from modelcask import durable
 from modelcask.digest import Digest
 from modelcask.errors import IndexFailed, InvalidDigest, printable
 
@@ -110,6 +112,8 @@ class Index:
         """
         self._path = path
         self._lock = threading.Lock()
+        if not read_only and not path.exists():
+            os.close(durable.open_for_all(path))  # with our mode, which SQLite gives to the files beside it
         uri = f"file:{quote(str(path))}" + ("?mode=ro" if read_only else "")
         with self._using():
             self._db = sqlite3.connect(uri, uri=True, timeout=30, check_same_thread=False, isolation_level=None)

@@ -18,10 +18,15 @@ FILESYSTEM_TYPE = "fuse.modelcaskfs"
 
 @dataclass(frozen=True, slots=True)
 class Mount:
-    """A mounted view of a store."""
+    """A mounted view of a store.
+
+    Attributes:
+        user: who mounted it.
+    """
 
     mountpoint: Path
     store: Path
+    user: int
 
 
 def current_mounts() -> list[Mount]:
@@ -29,15 +34,17 @@ def current_mounts() -> list[Mount]:
     mounts = []
     for line in Path("/proc/self/mountinfo").read_text(errors="surrogateescape").splitlines():
         before, _, after = line.partition(" - ")
-        kind, source, *_ = after.split(" ")
+        kind, source, *options = after.split(" ")
         if kind == FILESYSTEM_TYPE:
-            mounts.append(Mount(Path(_unescaped(before.split(" ")[4])), Path(_unescaped(source))))
+            user = re.search(r"\buser_id=(\d+)", " ".join(options))
+            mountpoint = Path(_unescaped(before.split(" ")[4]))
+            mounts.append(Mount(mountpoint, Path(_unescaped(source)), int(user[1]) if user else 0))
     return mounts
 
 
 def mounts_of(store: Path) -> list[Mount]:
-    """The mounts that show `store`."""
-    return [mount for mount in current_mounts() if mount.store == store]
+    """The mounts that show `store`, by us or by root: others can give theirs any name, and show what they like."""
+    return [mount for mount in current_mounts() if mount.store == store and mount.user in (0, os.geteuid())]
 
 
 def clear_dead_mount(mountpoint: Path) -> None:

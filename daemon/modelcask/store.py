@@ -111,7 +111,8 @@ class Store:
         with Lease(self.leases, "import") as lease:
             self.remove_abandoned_files()
             temporary = self.root / "tmp" / lease.name
-            temporary.mkdir(mode=0o700)
+            temporary.mkdir()
+            temporary.chmod(0o700)
             ingestion = Ingestion(self.blobs, temporary, lease)
             try:
                 yield ingestion

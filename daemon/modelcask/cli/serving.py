@@ -22,7 +22,7 @@ from modelcask.cli.output import (
     store_option,
 )
 from modelcask.config import Config
-from modelcask.errors import IndexFailed, InvalidConfig
+from modelcask.errors import IndexFailed, InvalidConfig, printable
 from modelcask.leases import sole_holder
 from modelcask.mounts import current_mounts, mounts_of, unmount
 from modelcask.store import Store
@@ -175,7 +175,7 @@ def status_command(root: Path, *, as_json: bool) -> None:
         )
         return
     click.echo(f"daemon  {f'watching (process {pid})' if pid else 'not running'}")
-    click.echo(f"mounts  {', '.join(str(mount.mountpoint) for mount in mounts) or 'none'}")
+    click.echo(f"mounts  {', '.join(printable(str(mount.mountpoint)) for mount in mounts) or 'none'}")
     if drops:
         click.echo()
         rows = [
