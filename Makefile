@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 
-.PHONY: up test test-clients lint bench setup clean
+.PHONY: up test test-clients fuzz lint bench setup clean
 
 up: $(VENV)/.installed libfuse
 	@exec $(BIN)/modelcask up
@@ -14,6 +14,11 @@ test: $(VENV)/.installed-dev libfuse
 
 test-clients: $(VENV)/.installed-clients libfuse
 	$(BIN)/python -m pytest -m "clients or large" --timeout 1200
+
+# The large run of tests/fuzz: some 1.3 million inputs, a quarter of an hour.
+fuzz: $(VENV)/.installed-dev
+	$(BIN)/pip install --quiet -e '.[dev,fuzz]'
+	$(BIN)/python tests/fuzz/run.py
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
