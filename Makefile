@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 
-.PHONY: up test test-clients torture lint bench setup clean
+.PHONY: up test test-clients torture fuzz lint bench setup clean
 
 up: $(VENV)/.installed libfuse
 	@exec $(BIN)/modelcask up
@@ -18,6 +18,10 @@ test-clients: $(VENV)/.installed-clients libfuse
 # Kills, power cuts, failing disks and the like at full size; `make test` runs a sample of each.
 torture: $(VENV)/.installed-dev libfuse filesystems
 	$(BIN)/python -m pytest -m torture --torture --timeout 3600 -s
+# The large run of tests/fuzz: some 1.3 million inputs, a quarter of an hour.
+fuzz: $(VENV)/.installed-dev
+	$(BIN)/pip install --quiet -e '.[dev,fuzz]'
+	$(BIN)/python tests/fuzz/run.py
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

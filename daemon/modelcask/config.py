@@ -142,8 +142,10 @@ class _Reader:
         self._where, self._text = where, text
         try:
             self._fields: dict[str, Any] = tomllib.loads(text)
-        except tomllib.TOMLDecodeError as error:
+        except ValueError as error:  # no TOML, or a number of more digits than Python reads
             raise InvalidConfig(where, f"is no TOML: {error}") from None
+        except RecursionError:
+            raise InvalidConfig(where, "is nested too deeply") from None
 
     def config(self, store: Path | None) -> Config:
         self._only(self._fields, {"store", "mount", "drop", "watch"}, "")

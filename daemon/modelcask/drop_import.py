@@ -87,7 +87,7 @@ def import_drop(
 def finish_removal(store: Store, found: Found, *, save: Save, stop: threading.Event) -> ImportOutcome:
     """Go on removing an imported drop where the last watcher was interrupted. Arguments as of `import_drop`."""
     work = _Work(store, found, save, stop)
-    fingerprint = settle.fingerprint(found.path)
+    fingerprint = settle.fingerprint(found.path, beneath=found.beneath)
     return work.outcome(lambda: work.remove(fingerprint), fingerprint)
 
 
@@ -155,7 +155,9 @@ class _Work:
         manifests = self._store.index.removals()[path]
         try:
             models = [self._stored(name, manifest) for name, manifest in manifests.items()]
-            stays = remove_drop(self._store, path, models, report=self.report, stop=self._stop)
+            stays = remove_drop(
+                self._store, path, models, beneath=self._found.beneath, report=self.report, stop=self._stop
+            )
         except Interrupted:
             raise
         except SourceChanged:
@@ -166,11 +168,14 @@ class _Work:
             return self.row(fingerprint, "imported", f"not removed: {error}")
         except OSError as error:
             self._store.index.end_removal(path)
-            return self.row(settle.fingerprint(path), "imported", f"not removed: {disk_error(error)}")
+            return self.row(self._fingerprint(), "imported", f"not removed: {disk_error(error)}")
         self._store.index.end_removal(path)
         stayed = f", {_few(stays)} stayed" if stays else ""
         log.info("%s: removed the drop%s", self._found.name, stayed, extra={"model": self._found.name})
-        return self.row(settle.fingerprint(path), "imported", None)
+        return self.row(self._fingerprint(), "imported")
+
+    def _fingerprint(self) -> str:
+        return settle.fingerprint(self._found.path, beneath=self._found.beneath)
 
     def _stored(self, name: str, manifest: Digest) -> StoredManifest:
         stored = self._store.manifests.read(ModelName.parse(name))

@@ -18,11 +18,16 @@ log = logging.getLogger("modelcask")
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """A folder in a drop directory that is, or may become, a model."""
+    """A folder in a drop directory that is, or may become, a model.
+
+    Attributes:
+        beneath: the configured drop directory, which others may write to.
+    """
 
     path: Path
     directory: DropDirectory
     namespace: str | None
+    beneath: Path
 
     @property
     def name(self) -> str:
@@ -36,10 +41,10 @@ class Found:
                 )
             )
         except InvalidName:
-            return self.path.name
+            return printable(self.path.name)
 
 
-def find_drops(directory: DropDirectory) -> Iterator[Found]:
+def find_drops(directory: DropDirectory, *, beneath: Path | None = None) -> Iterator[Found]:
     """The drops in a directory.
 
     `int4/` and the other types are drop directories of their own; a folder that holds model folders gives
@@ -48,19 +53,20 @@ def find_drops(directory: DropDirectory) -> Iterator[Found]:
     Raises:
         OSError: the directory itself is not there or cannot be read.
     """
+    top = beneath or directory.path
     for child in _folders(directory.path):
         if child.name in QUANT_TYPES and directory.quantize is None:
             try:
-                yield from find_drops(replace(directory, path=child, quantize=child.name))
+                yield from find_drops(replace(directory, path=child, quantize=child.name), beneath=top)
             except OSError:
                 continue
             continue
         models = [] if _is_model(child) else [below for below in _folders_or_none(child) if _is_model(below)]
         if models:
             namespace = namespace_from_folder_name(child.name)
-            yield from (Found(model, directory, namespace) for model in models)
+            yield from (Found(model, directory, namespace, top) for model in models)
         else:
-            yield Found(child, directory, directory.namespace)
+            yield Found(child, directory, directory.namespace, top)
 
 
 def _is_model(folder: Path) -> bool:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
+import stat
 import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -69,17 +70,45 @@ def sync_directory(directory: Path) -> None:
         os.close(fd)
 
 
-def make_directory(directory: Path, *, mode: int = 0o755) -> None:
-    """Create `directory` and its missing parents durably, with `mode` whatever the umask."""
+def make_directory(directory: Path) -> None:
+    """Create `directory` and its missing parents durably, whatever the umask.
+
+    It has mode 0755; 2775 in a directory that a group shares (`is_shared`), so that the group shares this one, too.
+    """
     if directory.is_dir():
         return
-    make_directory(directory.parent, mode=mode)
+    make_directory(directory.parent)
     try:
         directory.mkdir()
     except FileExistsError:
         return
-    directory.chmod(mode)
+    directory.chmod(0o2775 if is_shared(directory.parent) else 0o755)
     sync_directory(directory.parent)
+
+
+def is_shared(directory: Path) -> bool:
+    """Whether a group shares the directory: it may write, and what is made in it is the group's (setgid)."""
+    shared = stat.S_ISGID | stat.S_IWGRP
+    return directory.stat().st_mode & shared == shared
+
+
+def open_for_all(path: Path) -> int:
+    """A descriptor of a file that all writers of its directory write to: locks and the like. Made if it is missing.
+
+    Everyone may read it whatever the umask, and lock it so; the group may write to it if it shares the directory.
+    """
+    flags = os.O_RDWR | os.O_CLOEXEC
+    while True:
+        try:
+            return os.open(path, flags)
+        except FileNotFoundError:
+            pass
+        try:
+            fd = os.open(path, flags | os.O_CREAT | os.O_EXCL, 0o600)
+        except FileExistsError:
+            continue  # made meanwhile
+        os.fchmod(fd, 0o664 if is_shared(path.parent) else 0o644)
+        return fd
 
 
 def publish_flushed(pairs: Iterable[tuple[Path, Path]], directory: Path) -> None:

@@ -21,6 +21,10 @@ _WHAT_TO_DO = {
 }
 
 
+# Of one message: a path has at most 4,096 bytes, what stands in a file can be megabytes.
+_LONGEST = 6000
+
+
 def printable(text: str) -> str:
     r"""`text` on one line and safe for a terminal: control and format characters become `\x1b`-like escapes.
 
@@ -31,10 +35,15 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)
 
 
+def _cut(text: str) -> str:
+    return text if len(text) <= _LONGEST else f"{text[: _LONGEST - 500]} … {text[-500:]}"
+
+
 def disk_error(error: OSError) -> str:
     """One line for an error of the disk: what, where, what to do."""
     where = printable(str(error.filename)) + ": " if error.filename else ""
-    what = (error.strerror or str(error)).lower()
+    what = error.strerror or str(error)
+    what = what[:1].lower() + what[1:]
     advice = _WHAT_TO_DO.get(error.errno or 0)
     return f"{where}{what}" + (f"; {advice}" if advice else "")
 
@@ -57,7 +66,7 @@ class ModelcaskError(Exception):
         return super().__str__()
 
     def __str__(self) -> str:
-        return printable(self.message())
+        return printable(_cut(self.message()))
 
 
 @dataclass(eq=False)

@@ -108,9 +108,9 @@ def summarize(store: Store, stored: StoredManifest) -> Summary:
     return Summary(
         name=str(stored.name),
         manifest=stored.digest,
-        architecture=str(index.get("architecture") or ""),
-        parameter_count=count if isinstance(count, int) else 0,
-        quantization=str(index.get("quantization") or ""),
+        architecture=_text(index.get("architecture")),
+        parameter_count=count if isinstance(count, int) and 0 <= count < 1 << 63 else 0,
+        quantization=_text(index.get("quantization")),
         components=tuple(stored.manifest.components),
         size=sum(stored.manifest.blobs().values()),
     )
@@ -194,6 +194,11 @@ def _entries(store: Store, stored: StoredManifest) -> dict[str, list[TensorEntry
 
 def _read(store: Store, layer: Layer) -> bytes:
     return store.blobs.read(layer.digest, layer.size)
+
+
+def _text(value: object) -> str:
+    # A lone surrogate could not be printed.
+    return value.encode(errors="replace").decode() if isinstance(value, str) else ""
 
 
 def _model_index(store: Store, stored: StoredManifest) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """gc: removes the blobs that nothing reaches. Plan first, then delete.
 
-A blob is reached by a manifest or by a live lease. A manifest that cannot be read stops gc before it
-deletes anything: what it would have protected is not known.
+A blob is reached by a manifest or by a live lease. A manifest that cannot be read, or has rotted, stops gc
+before it deletes anything: what it would have protected is not known.
 
 The plan is made without keeping anyone waiting. Deleting goes in small portions under the exclusive gate,
 and for each portion the leases, then the manifests that are new since, are looked at again: whoever began
@@ -16,6 +16,7 @@ from pathlib import Path
 
 from modelcask import durable, leases
 from modelcask.digest import Digest
+from modelcask.errors import InvalidStore
 from modelcask.manifests import version_of
 from modelcask.store import Store
 
@@ -44,21 +45,25 @@ class _Reached:
 
     def update(self) -> None:
         """Read what is new; what was reached once stays so. Raises InvalidManifest."""
+        new = []
         for path in self._store.manifests.files():
             try:
                 if self._versions.get(path) != version_of(path.stat()):
-                    stored = self._store.manifests.read_path(path)
-                    self.blobs.update(stored.manifest.blobs())
-                    self._versions[path] = stored.version
+                    new.append(self._store.manifests.read_path(path))
             except FileNotFoundError:
                 continue  # removed meanwhile
+        if new and (damaged := self._store.check_as_imported(new)):
+            raise damaged[0]
+        for stored in new:
+            self.blobs.update(stored.manifest.blobs())
+            self._versions[stored.path] = stored.version
 
 
 def find_garbage(store: Store) -> Garbage:
     """The plan: what gc would remove now.
 
     Raises:
-        InvalidManifest: a manifest cannot be read; names it.
+        InvalidManifest: a manifest cannot be read; names it. InvalidStore: the manifests are not there.
     """
     return _plan(store, _Reached(store))
 
@@ -92,6 +97,12 @@ def collect(store: Store) -> Garbage:
 def _plan(store: Store, reached: _Reached) -> Garbage:
     # Blobs first: one that appears later cannot be in the plan.
     present = dict(store.blobs.enumerate())
+    if present and not store.manifests.exist:
+        raise InvalidStore(
+            store.root / "manifests",
+            "is not there, so what the models need is not known",
+            "restore it, or make an empty folder if all models are to go",
+        )
     leased = leases.protected(store.leases)
     reached.update()
     return Garbage({d: size for d, size in sorted(present.items()) if d not in leased and d not in reached.blobs})

@@ -29,9 +29,13 @@ def indented(value: Any) -> bytes:
     bytes, all numbers but those marked `GoInt` as float64. No newline at the end.
 
     Raises:
-        ValueError: a number that Go cannot hold in a float64.
+        ValueError: a number that Go cannot hold in a float64, nesting that is too deep to follow, keys that Go
+            would take for one.
     """
-    return _indented(value, "\n").encode()
+    try:
+        return _indented(value, "\n").encode()
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
 
 
 class GoInt(int):
@@ -43,7 +47,10 @@ def _indented(value: Any, newline: str) -> str:
     if isinstance(value, Mapping):
         if not value:
             return "{}"
-        items = (f"{_string(key)}: {_indented(value[key], deeper)}" for key in sorted(value))
+        named = {_replaced(key): item for key, item in value.items()}
+        if len(named) != len(value):
+            raise ValueError("two of its keys differ in lone surrogates only")
+        items = (f"{_string(key)}: {_indented(named[key], deeper)}" for key in sorted(named))
         return "{" + deeper + ("," + deeper).join(items) + newline + "}"
     if isinstance(value, list):
         if not value:
@@ -56,9 +63,13 @@ def _indented(value: Any, newline: str) -> str:
     return _float64(value)
 
 
+def _replaced(text: str) -> str:
+    """Go's decoder turns a lone surrogate escape into U+FFFD."""
+    return _LONE_SURROGATE.sub("\ufffd", text)
+
+
 def _string(value: str) -> str:
-    # Go's decoder turns a lone surrogate escape into U+FFFD.
-    return json.dumps(_LONE_SURROGATE.sub("\ufffd", value), ensure_ascii=False).translate(_ESCAPES)
+    return json.dumps(_replaced(value), ensure_ascii=False).translate(_ESCAPES)
 
 
 def _float64(value: int | float) -> str:

@@ -39,6 +39,7 @@ from modelcask.plan import MAX_JSON, ImportPlan, ModelPlan, Shard
 from modelcask.quantize import eligible, quantized_layout
 from modelcask.quantize.report import QuantizationReport
 from modelcask.range_store import RangeStore, SourceRange
+from modelcask.room import check_room
 from modelcask.safetensors_layout import TensorEntry, blob_header
 from modelcask.source import LeftOut, SourceFile
 from modelcask.store import Store
@@ -85,6 +86,7 @@ def run_import(store: Store, plan: ImportPlan, *, report: Report, stop: threadin
         OSError: the source cannot be read or the store not be written.
     """
     started = time.monotonic()
+    check_room(store, plan)
     with store.ingestion() as ingestion:
         work = _Work(store, ingestion, plan, report, stop)
         try:

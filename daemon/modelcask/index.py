@@ -11,6 +11,7 @@ import os
 import sqlite3
 import threading
 import time
+from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from urllib.parse import quote
 
 from modelcask import durable
 from modelcask.digest import Digest
-from modelcask.errors import IndexFailed, printable
+from modelcask.errors import IndexFailed, InvalidDigest, printable
 
 # This is the reference for every column.
 _SCHEMA = """
@@ -140,6 +141,7 @@ class Index:
         temporary = self._path.with_name(f"{self._path.name}-{durable.unique_suffix()}")
         try:
             with self._using():
+                os.close(durable.open_for_all(temporary))  # with our mode, which SQLite gives to the files beside it
                 db = sqlite3.connect(temporary, isolation_level=None)
                 try:
                     db.execute("PRAGMA journal_mode=WAL")
@@ -159,13 +161,13 @@ class Index:
         """The digest a tensor with this sample had before."""
         with self._using():
             row = self._db.execute("SELECT digest FROM predictions WHERE sample = ?", (sample,)).fetchone()
-        return Digest.parse(row[0]) if row else None
+            return Digest.parse(row[0]) if row else None
 
     def fingerprints(self) -> dict[Digest, int]:
         """The fingerprints of blobs, where they are known."""
         with self._using():
             rows = self._db.execute("SELECT digest, xxh3 FROM fingerprints").fetchall()
-        return {Digest.parse(digest): int.from_bytes(xxh3) for digest, xxh3 in rows}
+            return {Digest.parse(digest): int.from_bytes(xxh3[:8]) for digest, xxh3 in rows}
 
     def remember(
         self,
@@ -200,7 +202,7 @@ class Index:
                 " WHERE source = ? AND type = ? AND kernel = ?",
                 (str(key.source), key.qtype, key.kernel),
             ).fetchone()
-        return Quantization(Digest.parse(row[0]), row[1], row[2]) if row else None
+            return Quantization(Digest.parse(row[0]), float(row[1]), float(row[2])) if row else None
 
     def record_import(
         self, *, name: str, manifest: Digest, source: Path, seconds: float, new_bytes: int, reused_bytes: int
@@ -212,6 +214,15 @@ class Index:
                 (name, str(manifest), printable(str(source)), time.time(), seconds, new_bytes, reused_bytes),
             )
 
+    def imported(self) -> dict[str, dict[Digest, float]]:
+        """By model name, the manifests that were imported under it, and when each was last, in seconds."""
+        imported: dict[str, dict[Digest, float]] = defaultdict(dict)
+        with self._using():
+            query = "SELECT name, manifest, max(finished) FROM imports GROUP BY name, manifest"
+            for name, manifest, finished in self._db.execute(query):
+                imported[name][Digest.parse(manifest)] = float(finished)
+        return imported
+
     def drops(self) -> list[Drop]:
         """All drops, those that changed last first."""
         with self._using():
@@ -219,7 +230,7 @@ class Index:
                 "SELECT path, name, fingerprint, state, done_bytes, total_bytes, error FROM drops"
                 " ORDER BY changed DESC, path"
             ).fetchall()
-        return [Drop(Path(path), *rest) for path, *rest in rows]
+            return [Drop(Path(path), *rest) for path, *rest in rows]
 
     def save_drop(self, drop: Drop) -> None:
         with self._transaction() as db:
@@ -290,3 +301,5 @@ class Index:
                 yield
         except sqlite3.Error as error:
             raise IndexFailed(self._path, str(error)) from None
+        except (InvalidDigest, TypeError, ValueError) as error:
+            raise IndexFailed(self._path, f"is damaged ({printable(str(error))})") from None

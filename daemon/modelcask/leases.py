@@ -42,11 +42,12 @@ class Lease:
         self._directory = directory
         self._path = directory / f"{kind}-{durable.unique_suffix()}"
         self._lock = threading.Lock()
-        self._gate = os.open(directory / _GATE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        self._gate = durable.open_for_all(directory / _GATE)
         self._fd = -1
         try:
             with shared_gate(directory):
                 self._fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_APPEND | os.O_CLOEXEC, 0o644)
+                os.fchmod(self._fd, 0o644)  # whatever the umask: other users' gc must be able to read it
                 fcntl.flock(self._fd, fcntl.LOCK_EX)
                 with durable.naming(self._path):
                     durable.write_all(self._fd, _lines(protected))
@@ -146,7 +147,7 @@ class SoleLease:
 
     def __init__(self, directory: Path) -> None:
         """Raises `LeaseTaken`, with the other's process id, if another process holds it."""
-        self._fd = os.open(directory / _SOLE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        self._fd = durable.open_for_all(directory / _SOLE)
         for patience in range(_SOLE_TRIES, -1, -1):
             try:
                 fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -203,7 +204,7 @@ def _read_pid(fd: int) -> int:
 
 @contextmanager
 def _gate(directory: Path, operation: int) -> Iterator[None]:
-    fd = os.open(directory / _GATE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    fd = durable.open_for_all(directory / _GATE)
     try:
         fcntl.flock(fd, operation)
         yield

@@ -8,6 +8,7 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,7 +32,7 @@ REPORT_TYPE = "application/vnd.modelcask.quantization"
 MODEL_INDEX = "model_index.json"
 
 _TRIES = 10
-
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 log = logging.getLogger("modelcask")
 
@@ -262,11 +263,19 @@ class ManifestStore:
                 break  # not empty: another model lives there
 
     def files(self) -> Iterator[Path]:
-        """Every file below `manifests/`, sorted, whether it is a manifest or not."""
-        for directory, folders, names in os.walk(self._root, onerror=_raise_unless_missing):
-            folders.sort()
-            for name in sorted(names):
-                yield Path(directory, name)
+        """Every file below `manifests/`, whether it is a manifest or not.
+
+        Folders that are symlinks are followed, as looking a model up follows them.
+
+        Raises:
+            InvalidManifest: a symlink leads nowhere: the disk with what it stands for may not be mounted.
+        """
+        return _files(self._root, ())
+
+    @property
+    def exist(self) -> bool:
+        """Whether there is a folder for them."""
+        return self._root.is_dir()
 
     def names(self) -> Iterator[ModelName]:
         """The names that have a manifest, sorted; files elsewhere or with names outside the rules are passed over."""
@@ -318,9 +327,29 @@ def _layer(fields: Any) -> Layer:
     )
     if not isinstance(media_type, str) or not isinstance(digest, str) or not isinstance(name, str):
         raise ValueError("a layer's field is not text")
-    if type(size) is not int or size < 0:
+    if type(size) is not int or not 0 <= size < 1 << 63:
         raise ValueError("a layer's size is not a size")
+    if _SURROGATE.search(name) or _SURROGATE.search(media_type):
+        raise ValueError("a layer's field holds a lone surrogate")
     return Layer(media_type, Digest.parse(digest), size, name)
+
+
+def _files(directory: Path, above: tuple[str, ...]) -> Iterator[Path]:
+    """The files below `directory`; `above` are the real paths of the folders it was reached through."""
+    here = (*above, os.path.realpath(directory))
+    try:
+        entries = sorted(os.scandir(directory), key=lambda entry: entry.name)
+    except FileNotFoundError:
+        return  # removed meanwhile
+    for entry in entries:
+        path = directory / entry.name
+        if entry.is_dir():
+            if not (entry.is_symlink() and os.path.realpath(path) in here):  # else it would go round and round
+                yield from _files(path, here)
+        elif entry.is_symlink() and not path.exists():
+            raise InvalidManifest(path, "is a symlink to something that is not there")
+        else:
+            yield path
 
 
 def _existing_spelling(directory: Path, part: str) -> Path:
@@ -335,8 +364,3 @@ def _existing_spelling(directory: Path, part: str) -> Path:
     except (FileNotFoundError, NotADirectoryError):
         pass  # nothing there yet: the spelling is the caller's
     return exact
-
-
-def _raise_unless_missing(error: OSError) -> None:
-    if not isinstance(error, FileNotFoundError):
-        raise error

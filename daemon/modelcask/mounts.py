@@ -18,20 +18,29 @@ FILESYSTEM_TYPE = "fuse.modelcaskfs"
 
 @dataclass(frozen=True, slots=True)
 class Mount:
-    """A mounted view of a store."""
+    """A mounted view of a store.
+
+    Attributes:
+        user: who mounted it.
+    """
 
     mountpoint: Path
     store: Path
+    user: int
 
 
 def current_mounts() -> list[Mount]:
     """All mounts of modelcask that this process can see."""
-    return [Mount(where, source) for where, kind, source in _mountinfo() if kind == FILESYSTEM_TYPE]
+    return [
+        Mount(entry.mountpoint, Path(entry.source), entry.user)
+        for entry in _mountinfo()
+        if entry.kind == FILESYSTEM_TYPE
+    ]
 
 
 def mounts_of(store: Path) -> list[Mount]:
-    """The mounts that show `store`."""
-    return [mount for mount in current_mounts() if mount.store == store]
+    """The mounts that show `store`, by us or by root: others can give theirs any name, and show what they like."""
+    return [mount for mount in current_mounts() if mount.store == store and mount.user in (0, os.geteuid())]
 
 
 def filesystem_type(path: Path) -> str:
@@ -39,10 +48,10 @@ def filesystem_type(path: Path) -> str:
     real = Path(os.path.realpath(path))
     found = ""
     longest = -1
-    for where, kind, _source in _mountinfo():
+    for entry in _mountinfo():
         # Of two mounts at one place, the later covers the earlier.
-        if real.is_relative_to(where) and len(where.parts) >= longest:
-            found, longest = kind, len(where.parts)
+        if real.is_relative_to(entry.mountpoint) and len(entry.mountpoint.parts) >= longest:
+            found, longest = entry.kind, len(entry.mountpoint.parts)
     return found
 
 
@@ -104,12 +113,23 @@ def _run_unmount(mountpoint: Path, *, lazy: bool) -> str:
     return done.stderr.strip() or "failed" if done.returncode else ""
 
 
-def _mountinfo() -> Iterator[tuple[Path, str, Path]]:
-    """Mountpoint, type and source of each mount, in the order of /proc/self/mountinfo (proc(5))."""
+@dataclass(frozen=True, slots=True)
+class _Entry:
+    """A line of /proc/self/mountinfo (proc(5))."""
+
+    mountpoint: Path
+    kind: str
+    source: str
+    user: int
+
+
+def _mountinfo() -> Iterator[_Entry]:
+    """All mounts, in the order in which they were made."""
     for line in Path("/proc/self/mountinfo").read_text(errors="surrogateescape").splitlines():
         before, _, after = line.partition(" - ")
-        kind, source, *_ = after.split(" ")
-        yield Path(_unescaped(before.split(" ")[4])), kind, Path(_unescaped(source))
+        kind, source, *options = after.split(" ")
+        user = re.search(r"\buser_id=(\d+)", " ".join(options))
+        yield _Entry(Path(_unescaped(before.split(" ")[4])), kind, _unescaped(source), int(user[1]) if user else 0)
 
 
 def _unescaped(text: str) -> str:

@@ -19,10 +19,13 @@ from modelcask.errors import InvalidModelFolder
 from modelcask.manifests import MODEL_INDEX
 from modelcask.names import DEFAULT_NAMESPACE, DEFAULT_TAG, ModelName
 from modelcask.quantize import QUANT_TYPES, QuantType
-from modelcask.safetensors_layout import ShardLayout, read_layout, strict_json
+from modelcask.safetensors_layout import MAX_HEADER, ShardLayout, read_layout, strict_json
 from modelcask.source import LeftOut, SourceFile, SourceFolder
 
 MAX_JSON = 64 << 20
+
+# Real folders have two. Each is a manifest of its own, which lists everything.
+_MAX_VARIANTS = 32
 
 # Upstream's importer took these three, in this order; all others follow by name.
 _FIRST_COMPONENTS = ("text_encoder", "transformer", "vae")
@@ -108,7 +111,7 @@ def plan_import(
     """
     model_index = read_model_index(folder)
     check_numbered_shards(folder)
-    shards = [_read_shard(file) for file in folder.files if file.path.suffix == ".safetensors"]
+    shards = _read_shards(folder)
     check_components(folder, model_index, shards)
     for index_file in folder.files:
         check_shard_index(folder, index_file)
@@ -207,11 +210,17 @@ def check_numbered_shards(folder: SourceFolder) -> None:
     indexed = {
         (path.parent, match["stem"]) for path in present if (match := _WEIGHTS_INDEX.fullmatch(path.name)) is not None
     }
+    checked: set[PurePosixPath] = set()
     for path in present:
         match = _WEIGHTS.fullmatch(path.name)
         if match is None or match["shard"] is None:
             continue
         total = match["shard"][-5:]
+        # Once for all that belong together: there may be 99,999.
+        family = path.parent / path.name.replace(match["shard"], f"-of-{total}")
+        if family in checked:
+            continue
+        checked.add(family)
         for number in range(1, int(total) + 1):
             sibling = path.parent / path.name.replace(match["shard"], f"-{number:05}-of-{total}")
             if sibling not in present:
@@ -272,6 +281,20 @@ def _needs(class_name: str) -> tuple[set[str], bool]:
     return {"config.json"}, True
 
 
+def _read_shards(folder: SourceFolder) -> list[Shard]:
+    """The shards with their headers, which stay in memory and so together are no longer than one may be."""
+    shards, length = [], 0
+    for file in folder.files:
+        if file.path.suffix == ".safetensors":
+            shards.append(_read_shard(file))
+            length += len(shards[-1].layout.header)
+            if length > MAX_HEADER:
+                raise InvalidModelFolder(
+                    folder.root, f"has headers of more than {MAX_HEADER} bytes together", "is this one model?"
+                )
+    return shards
+
+
 def _read_shard(file: SourceFile) -> Shard:
     match = _WEIGHTS.fullmatch(file.path.name)
     variant = (match["early"] or match["late"]) if match else None
@@ -307,6 +330,10 @@ def _choose_variants(
             known = f"it has {', '.join(present)}" if present else "it has no variants"
             raise InvalidModelFolder(folder.root, f"has no weights of the variant {wanted!r}", known)
         return [wanted]
+    if len(present) > _MAX_VARIANTS:
+        raise InvalidModelFolder(
+            folder.root, f"has {len(present)} variants of weights", "choose those to import with --variant"
+        )
     by_component: dict[str, set[str | None]] = defaultdict(set)
     for shard in shards:
         by_component[shard.component].add(shard.variant)

@@ -56,6 +56,7 @@ def remove_drop(
     root: Path,
     models: Sequence[StoredManifest],
     *,
+    beneath: Path,
     report: Callable[[int, int], None],
     stop: threading.Event,
 ) -> list[PurePosixPath]:
@@ -65,6 +66,7 @@ def remove_drop(
     them the blobs' digests are checked.
 
     Args:
+        beneath: the drop directory, see `source.look`.
         report: called with the bytes compared and in total, often.
         stop: when set, the comparing ends with `Interrupted`.
 
@@ -77,7 +79,7 @@ def remove_drop(
         Interrupted: `stop` was set.
         OSError: the drop or the store cannot be read, or the drop not be changed.
     """
-    folder = source.look(root)
+    folder = source.look(root, beneath=beneath)
     contents = {path: (model, layer) for model in models for path, layer in _files(model).items()}
     removable = [file for file in folder.files if file.path in contents]
     comparison = _Comparison(store, stop, report, sum(file.size for file in removable))

@@ -224,7 +224,7 @@ class Service:
             self._submit(drop, lambda: finish_removal(self._store, drop.found, save=self._save, stop=self._stop))
             self._removals.discard(path)
             return
-        fingerprint = settle.fingerprint(path)
+        fingerprint = settle.fingerprint(path, beneath=drop.found.beneath)
         row = drop.row
         if row is not None and row.fingerprint == fingerprint and row.state in ("imported", "unchanged", "failed"):
             drop.due = math.inf
@@ -239,7 +239,8 @@ class Service:
         if moved and now - drop.planned < _LOOK_NOW_AND_THEN:
             drop.due = now + _LOOK_AGAIN  # headers and JSON are not read again at every move
             return
-        look = settle.look(path, namespace=drop.found.namespace, quantize=drop.found.directory.quantize)
+        quantize = drop.found.directory.quantize
+        look = settle.look(path, namespace=drop.found.namespace, quantize=quantize, beneath=drop.found.beneath)
         drop.planned = now
         if look.plan is not None and not moved and look.fingerprint == fingerprint:
             self._queue(drop, look.plan)

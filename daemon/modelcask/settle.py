@@ -11,14 +11,16 @@ import fcntl
 import json
 import os
 import signal
+import stat
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 import xxhash
 
 from modelcask import source
-from modelcask.errors import ModelcaskError, SourceChanged, disk_error
+from modelcask.errors import ModelcaskError, SourceChanged, disk_error, printable
 from modelcask.plan import MAX_JSON, ImportPlan, plan_import
+from modelcask.safetensors_layout import check_size
 from modelcask.source import SourceFile, SourceFolder
 
 # Where huggingface_hub keeps what it is downloading into a --local-dir.
@@ -55,13 +57,13 @@ class Look:
     missing: str | None
 
 
-def look(path: Path, *, namespace: str | None, quantize: str | None = None) -> Look:
+def look(path: Path, *, namespace: str | None, quantize: str | None = None, beneath: Path | None = None) -> Look:
     """Look at the drop `path`, to be imported with these options. Files are opened to read their headers only.
 
-    Whatever cannot be read is told as missing.
+    Whatever cannot be read is told as missing. `beneath` is the drop directory, see `source.look`.
     """
     try:
-        folder = source.look(path)
+        folder = source.look(path, beneath=beneath)
         fingerprint = fingerprint_of(folder)
     except ModelcaskError as error:
         return Look("", None, str(error))
@@ -69,25 +71,25 @@ def look(path: Path, *, namespace: str | None, quantize: str | None = None) -> L
         return Look("", None, disk_error(error))
     try:
         if download := _download_under_way(path, folder):
-            return Look(fingerprint, None, f"{download}: a download is under way")
+            return Look(fingerprint, None, printable(f"{download}: a download is under way"))
         plan = plan_import(folder, namespace=namespace, quantize=quantize)
         if half := _half_written_json(folder):
-            return Look(fingerprint, None, f"{half.host}: is no JSON yet")
+            return Look(fingerprint, None, printable(f"{half.host}: is no JSON yet"))
         if open_file := _being_written(folder):
-            return Look(fingerprint, None, f"{open_file.host}: a process has it open for writing")
+            return Look(fingerprint, None, printable(f"{open_file.host}: a process has it open for writing"))
         return Look(fingerprint, plan, None)
     except SourceChanged as error:
-        return Look(fingerprint, None, f"{error.path}: is still being written")
+        return Look(fingerprint, None, printable(f"{error.path}: is still being written"))
     except ModelcaskError as error:
         return Look(fingerprint, None, str(error))
     except OSError as error:
         return Look(fingerprint, None, disk_error(error))
 
 
-def fingerprint(path: Path) -> str:
+def fingerprint(path: Path, *, beneath: Path | None = None) -> str:
     """The fingerprint of the drop as it is now; empty if it cannot be looked at."""
     try:
-        return fingerprint_of(source.look(path))
+        return fingerprint_of(source.look(path, beneath=beneath))
     except (ModelcaskError, OSError):
         return ""
 
@@ -107,7 +109,9 @@ def _half_written_json(folder: SourceFolder) -> SourceFile | None:
     for file in folder.files:
         if file.path.name in _PARSED_BY_CLIENTS:
             try:
-                json.loads(source.read(file, limit=MAX_JSON))
+                text = source.read(file, limit=MAX_JSON)
+                check_size(text)
+                json.loads(text)
             except (ValueError, RecursionError):
                 return file
     return None
@@ -120,21 +124,16 @@ def _being_written(folder: SourceFolder) -> SourceFile | None:
     open for writing); of others' files and on network filesystems, structure must do.
     """
     for file in folder.files:
-        try:
-            fd = os.open(file.host, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-        except FileNotFoundError:
-            raise SourceChanged(file.host) from None
-        try:
-            # Should somebody open it just now, the kernel sends a signal: one that is ignored unless it is asked for.
-            fcntl.fcntl(fd, fcntl.F_SETSIG, signal.SIGURG)
-            fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_RDLCK)
-            fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_UNLCK)
-        except BlockingIOError:
-            return file
-        except OSError:
-            pass  # not ours, or a filesystem without leases: it cannot be told
-        finally:
-            os.close(fd)
+        with source.opened(file) as fd:
+            try:
+                # Should somebody open it just now, the kernel sends a signal: one that is ignored unless it is asked for.
+                fcntl.fcntl(fd, fcntl.F_SETSIG, signal.SIGURG)
+                fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_RDLCK)
+                fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_UNLCK)
+            except BlockingIOError:
+                return file
+            except OSError:
+                continue  # not ours, or a filesystem without leases: it cannot be told
     return None
 
 
@@ -145,8 +144,11 @@ def _download_under_way(root: Path, folder: SourceFolder) -> Path | None:
     if (root / _GIT_LOCK).exists():
         return root / _GIT_LOCK
     downloads = root / _HUB_DOWNLOADS
-    if downloads.is_dir():
-        for path in sorted(downloads.rglob("*")):
+    if any((root / part).is_symlink() for part in (_HUB_DOWNLOADS, *_HUB_DOWNLOADS.parents)[:-1]):
+        return None  # no downloader's; who knows where it leads
+    for directory, _, names in os.walk(downloads):
+        for name in sorted(names):
+            path = Path(directory, name)
             if path.suffix == ".incomplete" or (path.suffix == ".lock" and _is_locked(path)):
                 return path
     return None
@@ -155,7 +157,9 @@ def _download_under_way(root: Path, folder: SourceFolder) -> Path | None:
 def _is_locked(path: Path) -> bool:
     """Whether a process holds the lock file: huggingface_hub leaves it behind when the download is done."""
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # a FIFO must not make us wait
+        if not stat.S_ISREG(path.lstat().st_mode):
+            return False  # opening a device can do something
+        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC)
     except FileNotFoundError:
         return False
     try:

@@ -3,21 +3,29 @@
 A folder may hold what its owner did not mean to give away or what would never end: symlinks are followed
 only within the folder (and, in a Hugging Face cache snapshot, into the cache's own blobs), anything that is
 neither file nor folder is left out, and every file that is opened must be the one that was looked at.
+
+Whoever can write to the folder may put a symlink in the place of a folder or file at any moment, and the import
+may run with more rights than he has. So a look goes from folder to folder by descriptors that follow no symlink,
+and a file is identified before it is opened for reading: merely opening a device can do something.
 """
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import stat
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
+from modelcask.durable import naming
 from modelcask.errors import InvalidModelFolder, SourceChanged, printable
 
 _MAX_DEPTH = 32
+_FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
+_NOT_FOLLOWED = (errno.ELOOP, errno.ENOTDIR)
 
 _PARTIAL_SUFFIXES = (".incomplete", ".part", ".partial", ".crdownload", ".tmp", ".aria2")
 # rsync's own, which it renames when they are complete: `.NAME.` and six characters that mkstemp chose. That they are
@@ -64,21 +72,28 @@ class SourceFolder:
     Attributes:
         files: what can be imported, sorted by path.
         left_out: what cannot; a folder that is left out ends with `/`.
+        beneath: as `look` was told.
     """
 
     root: Path
     files: tuple[SourceFile, ...]
     left_out: tuple[LeftOut, ...]
+    beneath: Path | None = None
 
     def by_path(self) -> dict[PurePosixPath, SourceFile]:
         return {file.path: file for file in self.files}
 
 
-def look(root: Path) -> SourceFolder:
-    """Look at every file of the folder `root`; nothing is opened.
+def look(root: Path, *, beneath: Path | None = None) -> SourceFolder:
+    """Look at every file of the folder `root`; nothing but folders is opened.
+
+    Args:
+        beneath: a folder above `root` that others may write to. From there on down to `root`, symlinks are
+            followed only if they belong to root or to who runs this.
 
     Raises:
         InvalidModelFolder: `root` is no folder, or a symlink in it leads out of it.
+        SourceChanged: something was moved away or exchanged meanwhile.
         OSError: a folder cannot be read.
     """
     if not root.is_dir():
@@ -86,10 +101,13 @@ def look(root: Path) -> SourceFolder:
         raise InvalidModelFolder(root, reason, "give the folder that holds model_index.json")
     files: list[SourceFile] = []
     left_out: list[LeftOut] = []
-    _look(root, PurePosixPath(), _roots(root), files, left_out)
+    with ExitStack() as stack:
+        fd = _open_root(root, beneath)
+        stack.callback(os.close, fd)
+        _look(fd, root, PurePosixPath(), _roots(fd, stack), files, left_out)
     files.sort(key=lambda file: file.path.parts)
     left_out.sort(key=lambda entry: entry.path)
-    return SourceFolder(root, tuple(files), tuple(left_out))
+    return SourceFolder(root, tuple(files), tuple(left_out), beneath)
 
 
 def repository_name(root: Path) -> str | None:
@@ -108,10 +126,15 @@ def opened(file: SourceFile) -> Iterator[int]:
         SourceChanged: the file is no longer the one that was looked at, before the body or after it.
     """
     try:
-        # O_NONBLOCK: should a FIFO stand there now, open must not wait for its writer.
-        fd = os.open(file.host, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-    except FileNotFoundError:
+        place = os.open(file.host, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except (FileNotFoundError, NotADirectoryError):
         raise SourceChanged(file.host) from None
+    try:
+        _check_unchanged(file, place)
+        with naming(file.host):
+            fd = os.open(f"/proc/self/fd/{place}", os.O_RDONLY | os.O_CLOEXEC)
+    finally:
+        os.close(place)
     try:
         _check_unchanged(file, fd)
         yield fd
@@ -133,7 +156,7 @@ def read(file: SourceFile, *, limit: int) -> bytes:
 
 def check_unchanged(folder: SourceFolder) -> None:
     """Raise SourceChanged if a look at the folder now finds other files or others' content."""
-    now = look(folder.root)
+    now = look(folder.root, beneath=folder.beneath)
     if now.files != folder.files:
         then, found = folder.by_path(), now.by_path()
         path = next(path for path in sorted(then.keys() | found.keys()) if then.get(path) != found.get(path))
@@ -155,52 +178,121 @@ def _check_unchanged(file: SourceFile, fd: int) -> None:
         raise SourceChanged(file.host)
 
 
-def _roots(root: Path) -> tuple[Path, ...]:
-    """The real folders that symlinks in `root` may lead into."""
-    real = root.resolve()
+def _open_root(root: Path, beneath: Path | None) -> int:
+    if beneath is None:
+        return os.open(root, _FOLDER)
+    fd = os.open(beneath, _FOLDER)
+    for part in root.relative_to(beneath).parts:
+        try:
+            below = _enter(fd, part, root)
+        finally:
+            os.close(fd)
+        fd = below
+    return fd
+
+
+def _enter(fd: int, name: str, root: Path) -> int:
+    """The folder `name` in `fd`, also through a symlink if that is ours."""
+    try:
+        return os.open(name, _FOLDER | os.O_NOFOLLOW, dir_fd=fd)
+    except OSError as error:
+        if error.errno not in _NOT_FOLLOWED:
+            error.filename = str(root)
+            raise
+    place = os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=fd)
+    try:
+        status = os.fstat(place)
+        if not stat.S_ISLNK(status.st_mode):
+            raise SourceChanged(root)
+        if status.st_uid in (0, os.geteuid()):
+            # What this very link says, whatever stands there by now.
+            with naming(root):
+                return os.open(os.readlink("", dir_fd=place), _FOLDER, dir_fd=fd)
+    finally:
+        os.close(place)
+    raise InvalidModelFolder(
+        root, "is reached through another user's symlink, which is not followed", "put the folder itself here"
+    )
+
+
+def _roots(fd: int, stack: ExitStack) -> dict[Path, int]:
+    """The real folders that symlinks in the folder `fd` may lead into, with descriptors, which `stack` closes."""
+    real = _real_path(fd)
+    roots = {real: fd}
     # huggingface_hub's cache: models--org--name/{blobs,refs,snapshots/<commit>/…}
-    if real.parent.name == "snapshots" and (blobs := real.parent.parent / "blobs").is_dir():
-        return (real, blobs.resolve())
-    return (real,)
+    if real.parent.name == "snapshots" and real.parent.parent.name.startswith("models--"):
+        try:
+            blobs = os.open("../../blobs", _FOLDER | os.O_NOFOLLOW, dir_fd=fd)
+        except OSError:
+            return roots  # not there, not a folder, or not ours to read: links into it will lead out
+        stack.callback(os.close, blobs)
+        roots[_real_path(blobs)] = blobs
+    return roots
+
+
+def _real_path(fd: int) -> Path:
+    return Path(os.readlink(f"/proc/self/fd/{fd}"))
 
 
 def _look(
+    fd: int,
     folder: Path,
     path: PurePosixPath,
-    roots: tuple[Path, ...],
+    roots: dict[Path, int],
     files: list[SourceFile],
     left_out: list[LeftOut],
 ) -> None:
     if len(path.parts) > _MAX_DEPTH:
         raise InvalidModelFolder(folder, f"lies more than {_MAX_DEPTH} folders deep", "is there a loop of symlinks?")
-    for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
-        where = path / entry.name
-        host = Path(entry.path)
+    for name in sorted(os.listdir(fd)):
+        where, host = path / name, folder / name
         try:
-            entry.name.encode()
+            name.encode()
         except UnicodeEncodeError:
             left_out.append(LeftOut(printable(str(where)), "its name is not UTF-8"))
             continue
-        if entry.is_symlink():
-            host = _follow(host, roots)
+        place = _open_place(fd, name, host)
         try:
-            status = host.stat(follow_symlinks=False)
-        except FileNotFoundError:
-            raise SourceChanged(host) from None
-        if stat.S_ISDIR(status.st_mode):
-            if reason := _LEFT_OUT_FOLDERS.get(entry.name):
-                left_out.append(LeftOut(f"{where}/", reason))
+            status = os.fstat(place)
+            if stat.S_ISLNK(status.st_mode):
+                os.close(place)
+                place = -1
+                host, place = _follow(host, roots)
+                status = os.fstat(place)
+            if stat.S_ISDIR(status.st_mode):
+                if reason := _LEFT_OUT_FOLDERS.get(name):
+                    left_out.append(LeftOut(f"{where}/", reason))
+                else:
+                    with naming(host):
+                        below = os.open(".", _FOLDER, dir_fd=place)
+                    try:
+                        _look(below, host, where, roots, files, left_out)
+                    finally:
+                        os.close(below)
+            elif not stat.S_ISREG(status.st_mode):
+                left_out.append(LeftOut(str(where), "neither a file nor a folder"))
+            elif reason := _why_left_out(where):
+                left_out.append(LeftOut(str(where), reason))
             else:
-                _look(host, where, roots, files, left_out)
-        elif not stat.S_ISREG(status.st_mode):
-            left_out.append(LeftOut(str(where), "neither a file nor a folder"))
-        elif reason := _why_left_out(where):
-            left_out.append(LeftOut(str(where), reason))
-        else:
-            files.append(SourceFile(where, host, identity_of(status)))
+                files.append(SourceFile(where, host, identity_of(status)))
+        finally:
+            if place >= 0:
+                os.close(place)
 
 
-def _follow(link: Path, roots: tuple[Path, ...]) -> Path:
+def _open_place(fd: int, name: str, host: Path) -> int:
+    """A descriptor of what stands at `name` in the folder `fd`, a symlink itself included; opens nothing."""
+    try:
+        return os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=fd)
+    except (FileNotFoundError, NotADirectoryError):
+        raise SourceChanged(host) from None
+    except OSError as error:
+        error.filename = str(host)
+        raise
+
+
+def _follow(link: Path, roots: dict[Path, int]) -> tuple[Path, int]:
+    """Where a symlink leads, with a descriptor of what stands there."""
     try:
         target = link.resolve(strict=True)
     except FileNotFoundError:
@@ -209,13 +301,29 @@ def _follow(link: Path, roots: tuple[Path, ...]) -> Path:
         ) from None
     except (OSError, RuntimeError):
         raise InvalidModelFolder(link, "is a symlink in a loop", "remove it") from None
-    if not any(target.is_relative_to(root) for root in roots):
+    root = next((root for root in roots if target.is_relative_to(root)), None)
+    if root is None:
         raise InvalidModelFolder(
             link,
             f"is a symlink that leads out of the folder, to {target}",
             "put a copy of the file in its place",
         )
-    return target
+    return target, _open_below(roots[root], target.relative_to(root).parts, target)
+
+
+def _open_below(fd: int, parts: tuple[str, ...], host: Path) -> int:
+    """A descriptor of what stands at `parts` below the folder `fd`; a resolved path has no symlink on its way."""
+    place = os.dup(fd)
+    for part in parts:
+        try:
+            below = _open_place(place, part, host)
+        finally:
+            os.close(place)
+        place = below
+        if stat.S_ISLNK(os.fstat(place).st_mode):
+            os.close(place)
+            raise SourceChanged(host)
+    return place
 
 
 def _why_left_out(path: PurePosixPath) -> str | None:

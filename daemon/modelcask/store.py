@@ -8,17 +8,17 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 
 from modelcask import durable, leases
 from modelcask.blobs import BlobStore, Ingestion
-from modelcask.errors import InvalidStore
+from modelcask.errors import IndexFailed, InvalidManifest, InvalidStore
 from modelcask.index import Index
 from modelcask.leases import Lease
-from modelcask.manifests import ManifestStore
+from modelcask.manifests import ManifestStore, StoredManifest
 from modelcask.safetensors_layout import strict_json
 
 FORMAT_VERSION = 1
@@ -79,6 +79,29 @@ class Store:
     def has_index(self) -> bool:
         return (self.root / "index.sqlite").exists()
 
+    def check_as_imported(self, manifests: Iterable[StoredManifest]) -> list[InvalidManifest]:
+        """Which of `manifests` are damaged although they can be read: their bytes are not those that were imported.
+
+        A file that was written since its last import may be another program's work, or a pull; only one that was
+        not and differs all the same has rotted. What the index has lost is not known.
+        """
+        try:
+            index = self.index_for_looking()
+            if index is None:
+                return []
+            try:
+                imported = index.imported()
+            finally:
+                index.close()
+        except IndexFailed:
+            return []
+        damaged = []
+        for stored in manifests:
+            known = imported.get(str(stored.name), {})
+            if stored.digest not in known and any(stored.mtime_ns <= when * 1e9 for when in known.values()):
+                damaged.append(InvalidManifest(stored.path, "its bytes are not those that were imported"))
+        return damaged
+
     @contextmanager
     def ingestion(self) -> Iterator[Ingestion]:
         """An ingestion under a lease of its own; both end with the body.
@@ -88,7 +111,8 @@ class Store:
         with Lease(self.leases, "import") as lease:
             self.remove_abandoned_files()
             temporary = self.root / "tmp" / lease.name
-            temporary.mkdir(mode=0o700)
+            temporary.mkdir()
+            temporary.chmod(0o700)
             ingestion = Ingestion(self.blobs, temporary, lease)
             try:
                 yield ingestion

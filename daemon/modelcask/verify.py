@@ -9,9 +9,10 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import stat
 import threading
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from io import FileIO
@@ -21,7 +22,7 @@ import xxhash
 
 from modelcask import durable, lanes, leases, paired_sha256
 from modelcask.digest import Digest
-from modelcask.errors import InvalidManifest
+from modelcask.errors import IndexFailed, InvalidManifest
 from modelcask.lanes import Hashing, ToHash
 from modelcask.manifests import StoredManifest
 from modelcask.names import ModelName
@@ -54,7 +55,7 @@ class Verification:
 
     Attributes:
         checked, read_bytes: blobs looked at, bytes read of them.
-        unreadable: manifests that cannot be read, so that nothing is known of what they need.
+        unreadable: manifests that cannot be read or have rotted, so that what they need is not known.
     """
 
     checked: int
@@ -102,7 +103,7 @@ def verify(
         for digest in sorted(expected - present.keys())
         if any(store.manifests.is_unchanged(stored) for stored in users[digest])
     ]
-    fingerprints = store.index.fingerprints() if quick and store.has_index else {}
+    fingerprints = _fingerprints(store) if quick else {}
     reading = _Reading(store, fingerprints, report, stop, sum(present.values()))
     corrupt = reading.corrupt_among(sorted(present))
     set_aside = tuple(damage(digest, _quarantine(store, digest, found)) for digest, found in sorted(corrupt.items()))
@@ -112,13 +113,34 @@ def verify(
         # What a mount or the kernel has read of the damaged bytes must not be shown again.
         if not damaged.isdisjoint(stored.manifest.blobs()):
             store.manifests.renew(stored)
+    looked_at = chosen or manifests
+    wrong_sizes = [error for stored in looked_at for error in _wrong_sizes(stored, present, corrupt)]
     return Verification(
         reading.checked + len(missing),
         reading.done,
         set_aside,
         tuple(missing),
-        () if chosen else unreadable,
+        (*(() if chosen else unreadable), *store.check_as_imported(looked_at), *wrong_sizes),
     )
+
+
+def _fingerprints(store: Store) -> Mapping[Digest, int]:
+    try:
+        return store.index.fingerprints() if store.has_index else {}
+    except IndexFailed as error:
+        log.warning("%s", error)
+        return {}  # sha256 needs none
+
+
+def _wrong_sizes(
+    stored: StoredManifest, present: Mapping[Digest, int], corrupt: Container[Digest]
+) -> Iterator[InvalidManifest]:
+    """Where a manifest gives a sound blob another size, and so is itself what is damaged."""
+    for layer in (stored.manifest.config, *stored.manifest.layers):
+        size = present.get(layer.digest, layer.size)
+        if size != layer.size and layer.digest not in corrupt:
+            yield InvalidManifest(stored.path, f"says that {layer.digest} has {layer.size} bytes, it has {size}")
+            return
 
 
 def _all_manifests(store: Store) -> tuple[list[StoredManifest], tuple[InvalidManifest, ...]]:
@@ -169,6 +191,8 @@ class _Reading:
         path = self._store.blobs.path(digest)
         try:
             status = path.stat()
+            if not stat.S_ISREG(status.st_mode):
+                return status
             with path.open("rb", buffering=0) as file:
                 known = self._fingerprints.get(digest)
                 # A fingerprint that differs may itself be wrong; sha256 decides.

@@ -1,12 +1,15 @@
-"""Reading ranges of blobs, which are kept open in a bounded cache."""
+"""Reading ranges of blobs, which are kept open in a bounded cache, and checked before their first byte is given out
+where that is asked for."""
 
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 import threading
 from collections import OrderedDict
 from collections.abc import Iterable
+from concurrent.futures import Future
 
 from modelcask.blobs import BlobStore
 from modelcask.digest import Digest
@@ -15,6 +18,10 @@ from modelcaskfs.spans import BlobRange
 
 # A miss in the page cache starts this much of the blob's own read-ahead, so that the requests to follow hit.
 _READ_AHEAD = 4 << 20
+_PIECE = 1 << 20
+
+# A blob that is quarantined and stored anew is another file under the same digest.
+_File = tuple[Digest, int, int]
 
 
 class _OpenBlob:
@@ -32,8 +39,14 @@ class _OpenBlob:
 class BlobReader:
     """Reads ranges of blobs. Threads may share it."""
 
-    def __init__(self, blobs: BlobStore, *, max_open: int) -> None:
+    def __init__(self, blobs: BlobStore, *, max_open: int, verify: bool = False) -> None:
+        """
+        Args:
+            verify: hash each blob once, before anything of it is read.
+        """
         self._blobs = blobs
+        self._verify = verify
+        self._sound: dict[_File, Future[bool]] = {}
         self._max_open = max_open
         self._open: OrderedDict[Digest, _OpenBlob] = OrderedDict()
         self._lock = threading.Lock()
@@ -42,9 +55,11 @@ class BlobReader:
         """Fill `target` from `skip` bytes into `source` on. False if the disk must be waited for and `wait` is not set.
 
         Raises:
-            CorruptBlob: the blob is missing or not as long as it should be.
+            CorruptBlob: the blob is missing, not as long as it should be, or was checked and is not what it should be.
         """
         blob = self._opened(source)
+        if self._verify and not self._is_checked(source.digest, blob, wait=wait):
+            return False
         position = source.offset + skip
         if wait:
             os.posix_fadvise(blob.fd, position, _READ_AHEAD, os.POSIX_FADV_WILLNEED)
@@ -68,6 +83,32 @@ class BlobReader:
             for digest in digests:
                 self._open.pop(digest, None)
 
+    def _is_checked(self, digest: Digest, blob: _OpenBlob, *, wait: bool) -> bool:
+        """Whether the blob is known to be sound. Finds it out if `wait` is set; threads wait for the one that does.
+
+        Raises CorruptBlob.
+        """
+        status = os.fstat(blob.fd)
+        file = (digest, status.st_ino, status.st_mtime_ns)
+        with self._lock:
+            found = self._sound.get(file)
+            to_do = found is None and wait
+            if to_do:
+                found = self._sound[file] = Future()
+        if found is None or not (wait or found.done()):
+            return False
+        if to_do:
+            try:
+                found.set_result(_hash(blob.fd) == digest.hex)
+            except BaseException as error:
+                with self._lock:  # told to who waits now, and tried again for who comes later
+                    del self._sound[file]
+                found.set_exception(error)
+                raise
+        if not found.result():
+            raise CorruptBlob(self._blobs.path(digest), "this blob is not what its digest says")
+        return True
+
     def _opened(self, source: BlobRange) -> _OpenBlob:
         with self._lock:
             blob = self._open.get(source.digest)
@@ -80,3 +121,14 @@ class BlobReader:
             if len(self._open) > self._max_open:
                 self._open.popitem(last=False)
         return blob
+
+
+def _hash(fd: int) -> str:
+    os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_SEQUENTIAL)
+    sha, buffer, position = hashlib.sha256(), memoryview(bytearray(_PIECE)), 0
+    while count := os.preadv(fd, [buffer], position):
+        sha.update(buffer[:count])
+        position += count
+    # Readers ask for what they need; this descriptor is theirs from here on.
+    os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_NORMAL)
+    return sha.hexdigest()

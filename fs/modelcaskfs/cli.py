@@ -12,7 +12,7 @@ from pathlib import Path
 import click
 
 from modelcask import config
-from modelcask.errors import ModelcaskError, MountFailed
+from modelcask.errors import ModelcaskError, MountFailed, disk_error
 from modelcask.store import Store
 from modelcaskfs import __version__
 
@@ -25,7 +25,7 @@ _FOR_OTHERS = ("auto", "noauto", "user", "nouser", "users", "nofail", "_netdev",
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
 @click.argument("store", type=click.Path(path_type=Path))
 @click.argument("directory", type=click.Path(path_type=Path))
-@click.option("-o", "options", multiple=True, metavar="OPT[,OPT…]", help="Mount options, such as allow_other.")
+@click.option("-o", "options", multiple=True, metavar="OPT[,OPT…]", help="Mount options: verify, allow_other, …")
 @click.option("-f", "--foreground", is_flag=True, help="Stay in front and log to stderr.")
 @click.version_option(__version__)
 def command(store: Path, directory: Path, options: tuple[str, ...], *, foreground: bool) -> None:
@@ -51,7 +51,7 @@ def main() -> None:
         error.show()
         sys.exit(error.exit_code)
     except (ModelcaskError, OSError) as error:
-        click.echo(f"modelcaskfs: {error}", err=True)
+        click.echo(f"modelcaskfs: {disk_error(error) if isinstance(error, OSError) else error}", err=True)
         sys.exit(1)
 
 

@@ -13,13 +13,11 @@ from typing import TypeAlias
 
 from modelcask.manifests import Layer
 from modelcaskfs import mlx_view, sdnq_view
-from modelcaskfs.model_folder import ModelFolder
+from modelcaskfs.model_folder import MAX_FILE_NAME, ModelFolder
 from modelcaskfs.packed_files import Generated
 
 Leaf: TypeAlias = Layer | Generated | PurePosixPath
 Children: TypeAlias = "dict[str, Children | Leaf]"
-
-_MAX_FILE_NAME = 255
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,9 +62,9 @@ def _tensors(model: ModelFolder) -> Iterable[tuple[PurePosixPath, Leaf]]:
     for layer_name, layers in model.tensors.items():
         component, tensor = model.split(layer_name)
         file_name = tensor.replace("/", "%2F").replace("\0", "%00") + ".safetensors"
-        if len(file_name.encode()) <= _MAX_FILE_NAME:
+        if len(file_name.encode()) <= MAX_FILE_NAME:
             up = PurePosixPath(*[".."] * (above + len(component.parts)))
-            yield component / file_name, up / "blobs" / layers[0].digest.blob_name
+            yield model.checked(component / file_name), up / "blobs" / layers[0].digest.blob_name
 
 
 CONVENTIONS = (

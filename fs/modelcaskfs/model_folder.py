@@ -35,6 +35,9 @@ from modelcaskfs.spans import BlobRange, DequantizedTensor, Source, SpanFile
 
 log = logging.getLogger("modelcaskfs")
 
+MAX_FILE_NAME = 255
+"""Bytes of a name in a directory: no filesystem takes more, and the kernel would refuse the whole listing."""
+
 
 @dataclass(frozen=True, slots=True)
 class StoredTensor:
@@ -82,11 +85,20 @@ class ModelFolder:
             # Upstream's normalized model_index.json is not what was dropped; the original is a file of its own.
             dropped = layer.media_type in (FILE_TYPE, HEADER_TYPE)
             if dropped or (layer.media_type == JSON_TYPE and layer.name != MODEL_INDEX):
-                path = PurePosixPath(layer.name)
-                if path.is_absolute() or ".." in path.parts or not path.parts or "\0" in layer.name:
-                    raise InvalidManifest(self.stored.path, f"the layer name {layer.name!r} is no path in a folder")
-                files[path] = layer
+                files[self.checked(PurePosixPath(layer.name))] = layer
         return files
+
+    def checked(self, path: PurePosixPath) -> PurePosixPath:
+        """`path`, made of a layer's name. Raises InvalidManifest unless it is one that a folder can hold."""
+        if (
+            path.is_absolute()
+            or ".." in path.parts
+            or not path.parts
+            or "\0" in str(path)
+            or any(len(part.encode()) > MAX_FILE_NAME for part in path.parts)
+        ):
+            raise InvalidManifest(self.stored.path, f"the layer name {str(path)!r} is no path in a folder")
+        return path
 
     @cached_property
     def tensors(self) -> dict[str, list[Layer]]:

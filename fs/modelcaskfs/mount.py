@@ -19,6 +19,9 @@ from modelcaskfs.views import Tree
 # Blobs kept open; half of what most systems let a process open without asking (1,048,576 hard, often 4096).
 _MAX_OPEN_BLOBS = 1024
 
+# The option to hash each blob before its first byte is read.
+VERIFY = "verify"
+
 
 def serve(
     store: Store,
@@ -33,7 +36,7 @@ def serve(
     SIGTERM and SIGINT unmount: at once where nobody uses it, else lazily, when the last user is gone.
 
     Args:
-        options: mount options, each as after `-o`.
+        options: mount options, each as after `-o`; `verify` is ours, all others are libfuse's.
         on_ready: called once, when the kernel has begun to ask.
         on_stopping: called once, when it is unmounted, or about to be.
 
@@ -45,7 +48,8 @@ def serve(
     from modelcaskfs.ops import Adapter
 
     tree = Tree(store)
-    reader = SpanReader(store.blobs, max_open=_raise_open_files())
+    reader = SpanReader(store.blobs, max_open=_raise_open_files(), verify=VERIFY in options)
+    options = [option for option in options if option != VERIFY]
     adapter = Adapter(tree, reader, on_ready=on_ready)
     # A comma or a backslash in the store's path would end the option.
     name = str(store.root).replace("\\", "\\\\").replace(",", "\\,")

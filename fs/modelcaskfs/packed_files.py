@@ -10,7 +10,7 @@ from typing import Any
 
 from modelcask.errors import InvalidManifest
 from modelcask.manifests import HEADER_TYPE, Layer
-from modelcask.safetensors_layout import TensorEntry, encode_header
+from modelcask.safetensors_layout import TensorEntry, check_size, encode_header
 from modelcaskfs.model_folder import ModelFolder, StoredTensor
 from modelcaskfs.spans import BlobRange, Source, SpanFile
 
@@ -116,33 +116,39 @@ def _config(model: ModelFolder, layer: Layer, configure: Configure) -> SpanFile:
         return model.content(layer)  # nothing of it is quantized
     fields = _parsed(model, layer)
     added = configure(tensors, fields)
-    return _json({**fields, **added}) if added else model.content(layer)
+    return _json(model, layer, {**fields, **added}) if added else model.content(layer)
 
 
 def _shard_index(model: ModelFolder, layer: Layer, unpack: Unpack) -> SpanFile:
     fields = _parsed(model, layer)
     weight_map, total = {}, 0
-    listed = fields.get("weight_map", {}).values()
+    named = fields.get("weight_map")
+    listed = list(named.values()) if isinstance(named, dict) else []
     for header in model.stored.manifest.of_type(HEADER_TYPE):
         path = PurePosixPath(header.name)
         if header.folder == layer.folder and path.name in listed:
             for packed in _unpacked(model, header, unpack):
                 weight_map[packed.name] = path.name
                 total += packed.nbytes
-    return _json({**fields, "metadata": {"total_size": total}, "weight_map": weight_map})
+    return _json(model, layer, {**fields, "metadata": {"total_size": total}, "weight_map": weight_map})
 
 
 def _parsed(model: ModelFolder, layer: Layer) -> dict[str, Any]:
     """The JSON object of a file, for a client that reads it leniently."""
+    text = model.read(layer)
     try:
-        fields = json.loads(model.read(layer))
-    except ValueError as error:
-        raise InvalidManifest(model.stored.path, f"{layer.name} is no JSON: {error}") from None
+        check_size(text)
+        fields = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise InvalidManifest(model.stored.path, f"{layer.name} cannot be read: {error}") from None
     if not isinstance(fields, dict):
         raise InvalidManifest(model.stored.path, f"{layer.name} is no JSON object")
     return fields
 
 
-def _json(fields: Mapping[str, Any]) -> SpanFile:
-    text = json.dumps(fields, indent=2).encode() + b"\n"
+def _json(model: ModelFolder, layer: Layer, fields: Mapping[str, Any]) -> SpanFile:
+    try:
+        text = json.dumps(fields, indent=2).encode() + b"\n"
+    except RecursionError:
+        raise InvalidManifest(model.stored.path, f"{layer.name} is nested too deeply") from None
     return SpanFile([(text, len(text))])

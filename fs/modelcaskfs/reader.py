@@ -14,8 +14,8 @@ from modelcaskfs.spans import DequantizedTensor, SpanFile
 class SpanReader:
     """Reads `SpanFile`s. Threads may share it."""
 
-    def __init__(self, blobs: BlobStore, *, max_open: int) -> None:
-        self._blobs = BlobReader(blobs, max_open=max_open)
+    def __init__(self, blobs: BlobStore, *, max_open: int, verify: bool = False) -> None:
+        self._blobs = BlobReader(blobs, max_open=max_open, verify=verify)
         self._dequantizer = Dequantizer(self._blobs)
 
     def read_cached(self, file: SpanFile, offset: int, target: memoryview) -> int | None:

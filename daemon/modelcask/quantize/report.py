@@ -37,6 +37,8 @@ class QuantizationReport:
             fields = strict_json(data)
             qtype = QUANT_TYPES[fields["quant_type"]]
             costs = {name: (float(error), float(norm)) for name, (error, norm) in fields["tensors"].items()}
+            for name in costs:
+                name.encode()  # UnicodeEncodeError, a ValueError, for a lone surrogate
             if not all(0 <= number < math.inf for cost in costs.values() for number in cost):
                 raise ValueError("a sum of squares that is none")
         except (KeyError, ValueError, TypeError, AttributeError, OverflowError) as error:
