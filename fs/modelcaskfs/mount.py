@@ -13,6 +13,8 @@ from pathlib import Path
 from modelcask.errors import MountFailed
 from modelcask.mounts import clear_dead_mount, unmount_lazily
 from modelcask.store import Store
+from modelcaskfs import fuse_binding
+from modelcaskfs.mount_options import MountOptions
 from modelcaskfs.reader import SpanReader
 from modelcaskfs.views import Tree
 
@@ -20,35 +22,46 @@ from modelcaskfs.views import Tree
 _MAX_OPEN_BLOBS = 1024
 
 
-def serve(store: Store, mountpoint: Path, *, options: list[str], on_ready: Callable[[], None]) -> None:
+def serve(
+    store: Store,
+    mountpoint: Path,
+    *,
+    options: MountOptions,
+    libfuse_major: int | None = None,
+    on_ready: Callable[[], None],
+) -> None:
     """Mount `store` at `mountpoint` and answer its requests until it is unmounted or a signal ends it.
 
     SIGTERM and SIGINT unmount: at once where nobody uses it, else lazily, when the last user is gone.
 
     Args:
-        options: mount options, each as after `-o`.
+        libfuse_major: 2 or 3 for that libfuse, None for the one that is there.
         on_ready: called once, when the kernel has begun to ask.
 
     Raises:
-        MountFailed: the mountpoint or the library refused.
+        MountFailed: the mountpoint or the library refused, or the kernel broke the connection off.
     """
     _check_mountpoint(mountpoint)
+    fuse_binding.load(libfuse_major)
     from modelcaskfs import libfuse  # here, so that all else works without the library
     from modelcaskfs.ops import Adapter
 
-    tree = Tree(store)
+    tree = Tree(store, self_contained=options.self_contained)
     reader = SpanReader(store.blobs, max_open=_raise_open_files())
-    adapter = Adapter(tree, reader, on_ready=on_ready)
+    adapter = Adapter(tree, reader, ownership=options.ownership, on_ready=on_ready)
     # A comma or a backslash in the store's path would end the option.
     name = str(store.root).replace("\\", "\\\\").replace(",", "\\,")
     fixed = [f"fsname={name}", "subtype=modelcaskfs", "ro", "default_permissions"]
     wanted = {signal.SIGTERM, signal.SIGINT}
     # Blocked before any thread starts, so that all threads leave them to sigwait.
     signal.pthread_sigmask(signal.SIG_BLOCK, wanted)
-    session = libfuse.Session(mountpoint, adapter.operations(), [*fixed, *options])
+    session = libfuse.Session(mountpoint, adapter.operations(), [*fixed, *options.for_the_mount])
+
+    ended_well = True
 
     def loop() -> None:
-        session.loop()
+        nonlocal ended_well
+        ended_well = session.loop()
         os.kill(os.getpid(), signal.SIGTERM)
 
     thread = threading.Thread(target=loop, name="fuse")
@@ -60,6 +73,8 @@ def serve(store: Store, mountpoint: Path, *, options: list[str], on_ready: Calla
     adapter.close()
     reader.close()
     session.close()
+    if not ended_well:
+        raise MountFailed(mountpoint, "the kernel's requests could not be read any more", "mount it again")
 
 
 def _check_mountpoint(mountpoint: Path) -> None:
