@@ -21,7 +21,7 @@ from modelcask.hub_names import MAIN, PREFIX, main_tag, revision
 from modelcask.manifests import HEADER_TYPE, TENSOR_TYPE, Layer
 from modelcask.names import DEFAULT_HOST, DEFAULT_NAMESPACE, ModelName
 from modelcask.store import Store
-from modelcaskfs.conventions import DIFFUSERS, Leaf
+from modelcaskfs.conventions import DIFFUSERS, Children, Leaf
 from modelcaskfs.model_folder import ModelFolder
 from modelcaskfs.nodes import NO_XATTRS, Entry, FileNode, LinkNode, Node, model_directory, versioned
 from modelcaskfs.spans import SpanFile
@@ -109,6 +109,8 @@ class _Repository:
         return _mtime(self._models, *self._place)
 
     def lookup(self, name: str) -> Node | None:
+        if name == ".no_exist":
+            return _Absences(f"{self.key}/{name}", self)
         return self._levels.get(name)
 
     def entries(self) -> Iterator[Entry]:
@@ -227,6 +229,49 @@ class _Trees(_Level):
     def entries(self) -> Iterator[Entry]:
         for name, model in self._repository.by_revision().items():
             yield Entry(f"{name}.json", stat.S_IFREG, self._file_key(model, f"{name}.json"))
+
+
+class _Absences(_Level):
+    """What a snapshot does not hold: transformers, offline, takes a missing file for one that may exist elsewhere,
+    and gives up, unless an empty file stands for it here. Found by name, not listed.
+    """
+
+    def lookup(self, name: str) -> Node | None:
+        model = self._repository.by_revision().get(name)
+        return None if model is None else _Absent(self._file_key(model, name), model, DIFFUSERS.children(model))
+
+    def entries(self) -> Iterator[Entry]:
+        return iter(())
+
+
+class _Absent:
+    """The complement of one directory: every name that it lacks; with a dot it is a file, without a directory."""
+
+    lasting = True
+    xattrs = NO_XATTRS
+
+    def __init__(self, key: str, model: ModelFolder, present: Children) -> None:
+        self.key = key
+        self._model = model
+        self._present = present
+
+    @property
+    def mtime_ns(self) -> int:
+        return self._model.stored.mtime_ns
+
+    def lookup(self, name: str) -> Node | None:
+        key = f"{self.key}/{name}"
+        found = self._present.get(name)
+        if isinstance(found, dict):
+            return _Absent(key, self._model, found)
+        if found is not None:
+            return None
+        if "." in name:
+            return FileNode(key, self.mtime_ns, SpanFile([]), self._model.protection)
+        return _Absent(key, self._model, {})
+
+    def entries(self) -> Iterator[Entry]:
+        return iter(())
 
 
 def _tree(model: ModelFolder) -> bytes:
