@@ -35,6 +35,7 @@ _FLEETING_SECONDS = 1.0
 _LASTING_SECONDS = 86400.0
 _WAITING_READERS = 8
 _MAX_READ = 1 << 20
+_MAX_NAME = 255
 
 
 @dataclass
@@ -95,6 +96,8 @@ class Adapter:
 
     def _lookup(self, request: int, parent: int, name: bytes) -> None:
         directory = self._directory(parent)
+        if len(name) > _MAX_NAME:
+            raise OSError(errno.ENAMETOOLONG, "name too long")  # the kernel itself lets 1024 bytes of FUSE's through
         try:
             node = directory.lookup(os.fsdecode(name))
         except ModelNotFound:
@@ -133,7 +136,7 @@ class Adapter:
         node = self._node(number)
         if not isinstance(node, FileNode):
             raise OSError(errno.EISDIR, "not a file")
-        if info.contents.flags & os.O_ACCMODE != os.O_RDONLY:
+        if info.contents.flags & (os.O_ACCMODE | os.O_TRUNC) != os.O_RDONLY:
             raise OSError(errno.EROFS, "read-only filesystem")
         if not node.protection.in_use:
             # What is open of its blobs for other models may have been quarantined and stored anew since.
@@ -202,9 +205,9 @@ class Adapter:
             "f_files",
             "f_ffree",
             "f_favail",
-            "f_namemax",
         )
         answer = libfuse.Statvfs(**{name: getattr(store, name) for name in fields})
+        answer.f_namemax = _MAX_NAME
         libfuse.reply_statfs(request, ctypes.byref(answer))
 
     def _getxattr(self, request: int, number: int, name: bytes, size: int) -> None:
