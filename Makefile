@@ -36,17 +36,17 @@ $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.installed: pyproject.toml | $(VENV)/bin/python
-	$(BIN)/pip install --quiet -e .
+	$(BIN)/pip install --quiet -e '.[fuse3]'
 	@touch $@
 
 $(VENV)/.installed-dev: pyproject.toml | $(VENV)/bin/python
-	$(BIN)/pip install --quiet -e '.[dev]'
+	$(BIN)/pip install --quiet -e '.[dev,fuse3]'
 	@touch $@ $(VENV)/.installed
 
 # torch first and by itself: its CPU build, where an index offers one, satisfies what the others ask for.
 $(VENV)/.installed-clients: $(VENV)/.installed-dev
 	$(BIN)/pip install --quiet 'torch==2.13.0'
-	$(BIN)/pip install --quiet -e '.[dev,clients]'
+	$(BIN)/pip install --quiet -e '.[dev,fuse3,clients]'
 	@touch $@
 
 .PHONY: libfuse

@@ -6,8 +6,9 @@ import stat
 from pathlib import PurePosixPath
 
 from modelcask.store import Store
+from modelcaskfs.nodes import Directory, FileNode, Node
 from modelcaskfs.reader import SpanReader
-from modelcaskfs.views import Directory, FileNode, Node, Tree
+from modelcaskfs.views import Tree
 
 
 def find(tree: Tree, path: str) -> Node | None:

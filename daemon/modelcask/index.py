@@ -260,11 +260,10 @@ class Index:
     def removals(self) -> dict[Path, dict[str, Digest]]:
         """The drops that are being removed, each with the manifests, by name, that hold what it was."""
         with self._using():
-            rows = self._db.execute("SELECT path, name, manifest FROM removals").fetchall()
-        removals: dict[Path, dict[str, Digest]] = {}
-        for path, name, manifest in rows:
-            removals.setdefault(Path(path), {})[name] = Digest.parse(manifest)
-        return removals
+            removals: dict[Path, dict[str, Digest]] = {}
+            for path, name, manifest in self._db.execute("SELECT path, name, manifest FROM removals"):
+                removals.setdefault(Path(path), {})[name] = Digest.parse(manifest)
+            return removals
 
     def begin_removal(self, path: Path, manifests: Mapping[str, Digest]) -> None:
         with self._transaction() as db:

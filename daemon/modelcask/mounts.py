@@ -31,11 +31,8 @@ class Mount:
 
 def current_mounts() -> list[Mount]:
     """All mounts of modelcask that this process can see."""
-    return [
-        Mount(entry.mountpoint, Path(entry.source), entry.user)
-        for entry in _mountinfo()
-        if entry.kind == FILESYSTEM_TYPE
-    ]
+    ours = (entry for entry in _mountinfo() if entry.kind == FILESYSTEM_TYPE)
+    return [Mount(entry.mountpoint, Path(entry.source), entry.user) for entry in ours]
 
 
 def mounts_of(store: Path) -> list[Mount]:

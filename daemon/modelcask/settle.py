@@ -126,7 +126,7 @@ def _being_written(folder: SourceFolder) -> SourceFile | None:
     for file in folder.files:
         with source.opened(file) as fd:
             try:
-                # Should somebody open it just now, the kernel sends a signal: one that is ignored unless it is asked for.
+                # Should somebody open it just now, the kernel sends a signal: one that is ignored by default.
                 fcntl.fcntl(fd, fcntl.F_SETSIG, signal.SIGURG)
                 fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_RDLCK)
                 fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_UNLCK)

@@ -2,56 +2,90 @@
 
 from __future__ import annotations
 
+import faulthandler
 import logging
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import click
 
 from modelcask import config
-from modelcask.errors import ModelcaskError, MountFailed, disk_error
+from modelcask.errors import ModelcaskError, MountFailed, disk_error, printable
 from modelcask.store import Store
-from modelcaskfs import __version__
+from modelcaskfs import __version__, mount_options
+from modelcaskfs.mount_options import InvalidOption, MountOptions
 
 _READY_FD = "MODELCASKFS_READY_FD"
 
-# mount(8) passes on what stands in /etc/fstab for others to read.
-_FOR_OTHERS = ("auto", "noauto", "user", "nouser", "users", "nofail", "_netdev", "defaults", "rw", "ro")
+# For tests: 2 or 3 takes that libfuse, whichever would have been chosen.
+_LIBFUSE = "MODELCASKFS_LIBFUSE"
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
 @click.argument("store", type=click.Path(path_type=Path))
 @click.argument("directory", type=click.Path(path_type=Path))
-@click.option("-o", "options", multiple=True, metavar="OPT[,OPT…]", help="Mount options: verify, allow_other, …")
+@click.option("-o", "options", multiple=True, metavar="OPT[,OPT…]", help="Mount options; see below.")
 @click.option("-f", "--foreground", is_flag=True, help="Stay in front and log to stderr.")
 @click.version_option(__version__)
 def command(store: Path, directory: Path, options: tuple[str, ...], *, foreground: bool) -> None:
     """Show the models of STORE as ordinary folders below DIRECTORY, read-only.
 
     Returns when the mount answers. `umount DIRECTORY` ends it.
+
+    \b
+    Mount options:
+      allow_other        other users may look, too, as far as modes allow
+      uid=, gid=, umask= whose the files are, and what is taken off their modes
+      self_contained     blobs/ is served by the mount, not a link to the store
+      verify             each blob is hashed before its first byte is shown
+      nosuid, nodev, noexec and what else /etc/fstab may say
     """
-    wanted = [option for text in options for option in text.split(",") if option]
-    wanted = [option for option in wanted if option not in _FOR_OTHERS and not option.startswith("x-")]
+    parsed = mount_options.parse(options)
     if foreground:
-        _serve(store, directory, wanted)
+        _serve(store, directory, parsed)
     else:
-        _start(store, directory, wanted)
+        _start(store, directory, options)
+
+
+@click.command(context_settings={"ignore_unknown_options": True})
+@click.argument("store", type=click.Path(path_type=Path))
+@click.argument("directory", type=click.Path(path_type=Path))
+@click.option("-o", "options", multiple=True)
+@click.option("-f", "fake", is_flag=True)
+@click.option("-s", "sloppy", is_flag=True)
+@click.option("-n", "no_mtab", is_flag=True)
+@click.option("-v", "verbose", is_flag=True)
+@click.option("-t", "kind")
+def mount_helper(store: Path, directory: Path, options: tuple[str, ...], *, fake: bool, **_for_others: Any) -> None:
+    """What mount(8) runs for `mount -t fuse.modelcaskfs STORE DIRECTORY`; its flags are those mount(8) passes on."""
+    mount_options.parse(options)
+    if not fake:
+        _start(store, directory, options)
 
 
 def main() -> None:
     """Run the command; errors are one line on stderr."""
+    called_by_mount = Path(sys.argv[0]).name.startswith("mount.")
     try:
-        command(standalone_mode=False)
+        (mount_helper if called_by_mount else command)(standalone_mode=False)
     except click.exceptions.Abort:
         sys.exit(1)
     except click.ClickException as error:
-        error.show()
+        click.echo(f"modelcaskfs: {printable(error.format_message())} See `modelcaskfs --help`.", err=True)
         sys.exit(error.exit_code)
-    except (ModelcaskError, OSError) as error:
-        click.echo(f"modelcaskfs: {disk_error(error) if isinstance(error, OSError) else error}", err=True)
+    except InvalidOption as error:
+        click.echo(f"modelcaskfs: {error}", err=True)
+        sys.exit(2)
+    except ModelcaskError as error:
+        click.echo(f"modelcaskfs: {error}", err=True)
+        sys.exit(1)
+    except OSError as error:
+        click.echo(f"modelcaskfs: {disk_error(error)}", err=True)
         sys.exit(1)
 
 
@@ -65,9 +99,10 @@ class MountSaid(ModelcaskError):
         return self.line
 
 
-def _serve(store: Path, directory: Path, options: list[str]) -> None:
+def _serve(store: Path, directory: Path, options: MountOptions) -> None:
     from modelcaskfs.mount import serve
 
+    faulthandler.enable()  # a crash in a library is told where stderr goes: the log
     logging.basicConfig(level=logging.INFO, format="modelcaskfs: %(message)s", stream=sys.stderr)
     opened, mountpoint = _open(store), Path(os.path.realpath(directory))
     os.chdir("/")  # so that no other filesystem is kept from being unmounted
@@ -77,10 +112,12 @@ def _serve(store: Path, directory: Path, options: list[str]) -> None:
         manager.ready(f"{mountpoint} shows {opened.root}")
         _tell_ready()
 
+    wanted = os.environ.get(_LIBFUSE)
     serve(
         opened,
         mountpoint,
         options=options,
+        libfuse_major=int(wanted) if wanted else None,
         on_ready=ready,
         on_stopping=lambda: manager.stopping(f"{mountpoint} is unmounted, what is open is served to its end"),
     )
@@ -95,13 +132,14 @@ def _open(root: Path) -> Store:
 
 
 def _tell_ready() -> None:
+    """Called when the mount answers: whoever waits for that is told here."""
     ready = os.environ.pop(_READY_FD, None)
     if ready is not None:
         os.write(int(ready), b"ready")
         os.close(int(ready))
 
 
-def _start(store: Path, directory: Path, options: list[str]) -> None:
+def _start(store: Path, directory: Path, options: Sequence[str]) -> None:
     """Serve in a process of its own, and wait until it answers or gives up."""
     ready, child_end = os.pipe()
     arguments = [

@@ -12,7 +12,7 @@ from pathlib import PurePosixPath
 from typing import TypeAlias
 
 from modelcask.manifests import Layer
-from modelcaskfs import mlx_view, sdnq_view
+from modelcaskfs import mlx_view, sdnq_view, upstream_folder
 from modelcaskfs.model_folder import MAX_FILE_NAME, ModelFolder
 from modelcaskfs.packed_files import Generated
 
@@ -34,7 +34,13 @@ class Convention:
     quantized_only: bool = False
 
     def children(self, model: ModelFolder) -> Children:
-        """What the model's directory holds."""
+        """What the model's directory holds; found out once for each model."""
+        if self.name not in model.children:
+            model.children[self.name] = self._children(model)
+        found: Children = model.children[self.name]
+        return found
+
+    def _children(self, model: ModelFolder) -> Children:
         root: Children = {}
         for path, leaf in self.leaves(model):
             directory = root
@@ -49,8 +55,9 @@ class Convention:
 
 
 def _diffusers(model: ModelFolder) -> Iterable[tuple[PurePosixPath, Leaf]]:
-    """The dropped folder."""
-    return model.files.items()
+    """The dropped folder, or what can be made of one that upstream's importer stored."""
+    yield from model.files.items()
+    yield from upstream_folder.leaves(model)
 
 
 def _tensors(model: ModelFolder) -> Iterable[tuple[PurePosixPath, Leaf]]:
@@ -67,8 +74,10 @@ def _tensors(model: ModelFolder) -> Iterable[tuple[PurePosixPath, Leaf]]:
             yield model.checked(component / file_name), up / "blobs" / layers[0].digest.blob_name
 
 
+DIFFUSERS = Convention("diffusers", _diffusers)
+
 CONVENTIONS = (
-    Convention("diffusers", _diffusers),
+    DIFFUSERS,
     Convention("tensors", _tensors),
     Convention("mlx", mlx_view.leaves, quantized_only=True),
     Convention("sdnq", sdnq_view.leaves, quantized_only=True),

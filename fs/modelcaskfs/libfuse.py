@@ -1,16 +1,21 @@
-"""libfuse's low-level interface: the one module that imports fuse.
+"""libfuse's low-level interface, that of version 2 or 3, whichever `fuse_binding` has loaded.
 
-fusepy finds and loads the library and knows its structures; its own class, though, speaks the high-level
-interface, where a path is a node. A replaced model would then share its node, and so its page cache, with
-the mappings of the old one, and readers of either would see a mix. The low-level interface lets us number
-the nodes ourselves: other content is another node. It also lets a request be answered later and from
-another thread. Source: libfuse 2.9, include/fuse_lowlevel.h and fuse_common.h.
+The bindings know the library's structures; their own classes, though, speak the high-level interface, where a
+path is a node. A replaced model would then share its node, and so its page cache, with the mappings of the old
+one, and readers of either would see a mix. The low-level interface lets us number the nodes ourselves: other
+content is another node. It also lets a request be answered later and from another thread. Both versions have the
+same requests and replies; they differ in how a session is made, and in two structures. Sources: libfuse 2.9 and
+3.14, include/fuse_lowlevel.h and fuse_common.h.
 """
 
 from __future__ import annotations
 
 import ctypes
+import os
 import platform
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from ctypes import (
     CFUNCTYPE,
     POINTER,
@@ -26,33 +31,27 @@ from pathlib import Path
 from typing import Any
 
 from modelcask.errors import MountFailed
+from modelcaskfs import fuse_binding
 
-try:
-    import fuse
-except OSError as error:  # fusepy raises EnvironmentError where it finds no library
-    raise MountFailed(
-        Path("libfuse.so.2"),
-        f"cannot be loaded ({error})",
-        "install it: apt install fuse libfuse2 (Debian), fuse-libs (Fedora)",
-    ) from None
+_binding = fuse_binding.load()
+_lib = _binding.library
+_c_stat: Any = _binding.structures.c_stat
 
-_lib = fuse._libfuse
-
-# glibc's struct stat ends with reserved words that fusepy leaves out, which matters where it is embedded.
+# glibc's struct stat ends with reserved words that the bindings leave out, which matters where it is embedded.
 _STAT_SIZE = {"x86_64": 144, "aarch64": 128}
 
 
-class Stat(fuse.c_stat):  # type: ignore[misc]
+class Stat(_c_stat):  # type: ignore[misc]
     _fields_ = (
         (
             "reserved",
-            ctypes.c_char * max(0, _STAT_SIZE.get(platform.machine(), 0) - ctypes.sizeof(fuse.c_stat)),
+            ctypes.c_char * max(0, _STAT_SIZE.get(platform.machine(), 0) - ctypes.sizeof(_c_stat)),
         ),
     )
 
 
-Statvfs = fuse.c_statvfs
-FileInfo = fuse.fuse_file_info
+Statvfs = _binding.structures.c_statvfs
+FileInfo = _binding.structures.fuse_file_info
 
 ROOT_NODE = 1
 
@@ -73,7 +72,7 @@ class EntryParam(ctypes.Structure):
     )
 
 
-class ConnectionInfo(ctypes.Structure):
+class _ConnectionInfo2(ctypes.Structure):
     _fields_ = (
         ("proto_major", c_uint),
         ("proto_minor", c_uint),
@@ -88,6 +87,8 @@ class ConnectionInfo(ctypes.Structure):
     )
 
 
+ConnectionInfo: Any = _ConnectionInfo2 if _binding.major == 2 else _binding.structures.fuse_conn_info
+
 _FileInfoP = POINTER(FileInfo)
 _Request = c_void_p
 _Unused = c_void_p
@@ -97,8 +98,17 @@ def _operation(*arguments: Any) -> Any:
     return CFUNCTYPE(None, *arguments)
 
 
+# Whatever else an operation that writes is told, the request is all it needs to be refused.
+_Refused = _operation(_Request)
+# What writes.
+REFUSED = (
+    *("setattr", "mknod", "mkdir", "unlink", "rmdir", "symlink", "rename", "link", "write", "setxattr"),
+    *("removexattr", "create", "fallocate"),
+)
+
+
 class Operations(ctypes.Structure):
-    """struct fuse_lowlevel_ops; an operation left null is answered ENOSYS by the library."""
+    """struct fuse_lowlevel_ops as far as both versions have it; one left null is answered ENOSYS by the library."""
 
     _fields_ = (
         ("init", _operation(c_void_p, POINTER(ConnectionInfo))),
@@ -106,18 +116,18 @@ class Operations(ctypes.Structure):
         ("lookup", _operation(_Request, c_ulong, c_char_p)),
         ("forget", _operation(_Request, c_ulong, c_ulong)),
         ("getattr", _operation(_Request, c_ulong, _FileInfoP)),
-        ("setattr", _Unused),
+        ("setattr", _Refused),
         ("readlink", _operation(_Request, c_ulong)),
-        ("mknod", _Unused),
-        ("mkdir", _Unused),
-        ("unlink", _Unused),
-        ("rmdir", _Unused),
-        ("symlink", _Unused),
-        ("rename", _Unused),
-        ("link", _Unused),
+        ("mknod", _Refused),
+        ("mkdir", _Refused),
+        ("unlink", _Refused),
+        ("rmdir", _Refused),
+        ("symlink", _Refused),
+        ("rename", _Refused),
+        ("link", _Refused),
         ("open", _operation(_Request, c_ulong, _FileInfoP)),
         ("read", _operation(_Request, c_ulong, c_size_t, ctypes.c_int64, _FileInfoP)),
-        ("write", _Unused),
+        ("write", _Refused),
         ("flush", _Unused),
         ("release", _operation(_Request, c_ulong, _FileInfoP)),
         ("fsync", _Unused),
@@ -126,12 +136,12 @@ class Operations(ctypes.Structure):
         ("releasedir", _operation(_Request, c_ulong, _FileInfoP)),
         ("fsyncdir", _Unused),
         ("statfs", _operation(_Request, c_ulong)),
-        ("setxattr", _Unused),
-        ("getxattr", _Unused),
-        ("listxattr", _Unused),
-        ("removexattr", _Unused),
+        ("setxattr", _Refused),
+        ("getxattr", _operation(_Request, c_ulong, c_char_p, c_size_t)),
+        ("listxattr", _operation(_Request, c_ulong, c_size_t)),
+        ("removexattr", _Refused),
         ("access", _Unused),
-        ("create", _Unused),
+        ("create", _Refused),
         ("getlk", _Unused),
         ("setlk", _Unused),
         ("bmap", _Unused),
@@ -141,7 +151,7 @@ class Operations(ctypes.Structure):
         ("retrieve_reply", _Unused),
         ("forget_multi", _Unused),
         ("flock", _Unused),
-        ("fallocate", _Unused),
+        ("fallocate", _Refused),
     )
 
 
@@ -165,13 +175,48 @@ add_direntry = _function(
     "fuse_add_direntry", c_size_t, _Request, c_void_p, c_size_t, c_char_p, POINTER(Stat), ctypes.c_int64
 )
 
-_mount = _function("fuse_mount", c_void_p, c_char_p, POINTER(Args))
-_unmount = _function("fuse_unmount", None, c_char_p, c_void_p)
-_lowlevel_new = _function("fuse_lowlevel_new", c_void_p, POINTER(Args), POINTER(Operations), c_size_t, c_void_p)
-_add_channel = _function("fuse_session_add_chan", None, c_void_p, c_void_p)
-_remove_channel = _function("fuse_session_remove_chan", None, c_void_p)
+reply_xattr = _function("fuse_reply_xattr", c_int, _Request, c_size_t)
+
 _loop = _function("fuse_session_loop", c_int, c_void_p)
 _destroy = _function("fuse_session_destroy", None, c_void_p)
+
+
+class _Session2:
+    """A mount and its session in libfuse 2: the channel between them is ours to keep."""
+
+    def __init__(self, mountpoint: bytes, operations: Operations, args: Args) -> None:
+        new = _function("fuse_lowlevel_new", c_void_p, POINTER(Args), POINTER(Operations), c_size_t, c_void_p)
+        self._unmount = _function("fuse_unmount", None, c_char_p, c_void_p)
+        self._mountpoint = mountpoint
+        self._channel = _function("fuse_mount", c_void_p, c_char_p, POINTER(Args))(mountpoint, ctypes.byref(args))
+        if not self._channel:
+            raise OSError
+        self.pointer = new(ctypes.byref(args), ctypes.byref(operations), ctypes.sizeof(operations), None)
+        if not self.pointer:
+            self._unmount(mountpoint, self._channel)
+            raise OSError
+        _function("fuse_session_add_chan", None, c_void_p, c_void_p)(self.pointer, self._channel)
+
+    def unmount(self) -> None:
+        _function("fuse_session_remove_chan", None, c_void_p)(self._channel)
+        self._unmount(self._mountpoint, self._channel)
+
+
+class _Session3:
+    """A session in libfuse 3, which mounts and unmounts by itself."""
+
+    def __init__(self, mountpoint: bytes, operations: Operations, args: Args) -> None:
+        new = _function("fuse_session_new", c_void_p, POINTER(Args), POINTER(Operations), c_size_t, c_void_p)
+        self._unmount = _function("fuse_session_unmount", None, c_void_p)
+        self.pointer = new(ctypes.byref(args), ctypes.byref(operations), ctypes.sizeof(operations), None)
+        if not self.pointer:
+            raise OSError
+        if _function("fuse_session_mount", c_int, c_void_p, c_char_p)(self.pointer, mountpoint) != 0:
+            _destroy(self.pointer)
+            raise OSError
+
+    def unmount(self) -> None:
+        self._unmount(self.pointer)
 
 
 class Session:
@@ -181,27 +226,42 @@ class Session:
         """Mount at `mountpoint`; the kernel's requests wait until `loop` runs.
 
         Raises:
-            MountFailed: the library refused; it has said why on stderr.
+            MountFailed: the library refused; says what it said.
         """
-        self._operations = operations  # the library keeps a pointer into it
-        self._mountpoint = bytes(mountpoint)
-        arguments = [b"modelcaskfs", *(part for option in options for part in (b"-o", option.encode()))]
-        args = Args(len(arguments), (c_char_p * (len(arguments) + 1))(*arguments, None), 0)
-        self._channel = _mount(self._mountpoint, ctypes.byref(args))
-        if not self._channel:
-            raise MountFailed(mountpoint, "could not be mounted (see above)", "is /dev/fuse there, and may you use it?")
-        self._session = _lowlevel_new(ctypes.byref(args), ctypes.byref(operations), ctypes.sizeof(operations), None)
-        if not self._session:
-            _unmount(self._mountpoint, self._channel)
-            raise MountFailed(mountpoint, "libfuse did not take the mount options (see above)", "check -o")
-        _add_channel(self._session, self._channel)
+        # The library keeps pointers into all of these.
+        self._operations = operations
+        self._arguments = [b"modelcaskfs", *(part for option in options for part in (b"-o", os.fsencode(option)))]
+        self._args = Args(len(self._arguments), (c_char_p * (len(self._arguments) + 1))(*self._arguments, None), 0)
+        make = _Session2 if _binding.major == 2 else _Session3
+        with tempfile.TemporaryFile() as said, _stderr_into(said.fileno()):
+            try:
+                self._session = make(bytes(mountpoint), operations, self._args)
+            except OSError:
+                said.seek(0)
+                lines = said.read().decode(errors="replace").strip().splitlines()
+                reason = lines[0].removeprefix("fuse: ") if lines else f"libfuse {_binding.major} did not say why"
+                raise MountFailed(
+                    mountpoint, f"could not be mounted ({reason})", "is /dev/fuse there, and may you use it?"
+                ) from None
 
-    def loop(self) -> None:
-        """Answer requests on this thread until the filesystem is unmounted."""
-        _loop(self._session)
+    def loop(self) -> bool:
+        """Answer requests on this thread until the filesystem is unmounted. Whether that is how it ended."""
+        ended: int = _loop(self._session.pointer)
+        return ended == 0
 
     def close(self) -> None:
         """Unmount, if that has not happened, and free what the library holds."""
-        _remove_channel(self._channel)
-        _unmount(self._mountpoint, self._channel)
-        _destroy(self._session)
+        self._session.unmount()
+        _destroy(self._session.pointer)
+
+
+@contextmanager
+def _stderr_into(fd: int) -> Iterator[None]:
+    """Lead what C code, and programs it starts, write to stderr elsewhere for the body."""
+    kept = os.dup(2)
+    os.dup2(fd, 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)

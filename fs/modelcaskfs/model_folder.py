@@ -5,8 +5,7 @@ Everything here follows from one manifest, which never changes, so nothing here 
 
 from __future__ import annotations
 
-import errno
-import logging
+import os
 import struct
 import threading
 from collections import Counter, defaultdict
@@ -18,7 +17,6 @@ from typing import Any
 
 from modelcask.blobs import BlobStore
 from modelcask.errors import InvalidManifest
-from modelcask.leases import EVERYTHING, Lease
 from modelcask.manifests import (
     FILE_TYPE,
     HEADER_TYPE,
@@ -30,10 +28,9 @@ from modelcask.manifests import (
     version_of,
 )
 from modelcask.quantize import QUANT_TYPES, QuantizedLayout, QuantType, stored_layout
-from modelcask.safetensors_layout import ShardLayout, TensorEntry, parse_header
+from modelcask.safetensors_layout import ShardLayout, TensorEntry, parse_header, read_layout
+from modelcaskfs.protection import Protection
 from modelcaskfs.spans import BlobRange, DequantizedTensor, Source, SpanFile
-
-log = logging.getLogger("modelcaskfs")
 
 MAX_FILE_NAME = 255
 """Bytes of a name in a directory: no filesystem takes more, and the kernel would refuse the whole listing."""
@@ -69,13 +66,10 @@ class ModelFolder:
     def __init__(self, stored: StoredManifest, blobs: BlobStore, leases: Path) -> None:
         self.stored = stored
         self._blobs = blobs
-        self._leases = leases
         self.children: dict[str, Any] = {}  # by view, kept for it
         self._building = threading.RLock()
         self._built: dict[str, SpanFile] = {}
-        self._lock = threading.Lock()
-        self._lease: Lease | None = None
-        self._users = 0
+        self.protection = Protection(leases, lambda: stored.manifest.blobs().keys(), is_current=self._is_current)
 
     @cached_property
     def files(self) -> dict[PurePosixPath, Layer]:
@@ -154,6 +148,14 @@ class ModelFolder:
             stored.append(StoredTensor(entry, layers[number], layout))
         return stored
 
+    def layout_of(self, tensor: Layer) -> ShardLayout:
+        """What the header of a tensor's own blob says. Raises CorruptBlob, InvalidSafetensors."""
+        fd = self._blobs.open(tensor.digest, tensor.size)
+        try:
+            return read_layout(fd, self._blobs.path(tensor.digest))
+        finally:
+            os.close(fd)
+
     def read(self, layer: Layer) -> bytes:
         """The bytes of a small layer. Raises CorruptBlob."""
         return self._blobs.read(layer.digest, layer.size)
@@ -165,50 +167,6 @@ class ModelFolder:
         if name is not None and name not in QUANT_TYPES:
             raise InvalidManifest(self.stored.path, f"it is quantized to {name!r}, which this version does not know")
         return None if name is None else QUANT_TYPES[name]
-
-    @property
-    def in_use(self) -> bool:
-        """Whether somebody has acquired it."""
-        return self._users > 0
-
-    def acquire(self) -> bool:
-        """Protect all blobs of the model until `release`. False if the manifest was replaced or removed before.
-
-        The first user takes a lease for all; a store that cannot be written is read without one.
-        """
-        with self._lock:
-            if self._users == 0:
-                # First the lease, then the look: gc may have run before the lease, but then the manifest was gone.
-                self._lease = self._take_lease()
-                if not self._is_current():
-                    self._drop_lease()
-                    return False
-            self._users += 1
-            return True
-
-    def release(self) -> bool:
-        """End one `acquire`. Whether it was the last."""
-        with self._lock:
-            self._users -= 1
-            if self._users == 0:
-                self._drop_lease()
-            return self._users == 0
-
-    def _take_lease(self) -> Lease | None:
-        try:
-            return Lease(self._leases, "mount", self.stored.manifest.blobs())
-        except OSError as error:
-            if error.errno in (errno.ENOSPC, errno.EDQUOT):
-                return Lease(self._leases, EVERYTHING)  # an empty file needs no space
-            if error.errno not in (errno.EROFS, errno.EACCES, errno.EPERM):
-                raise
-            log.warning("%s: read without a lease, gc of another user may remove what is open", self._leases)
-            return None
-
-    def _drop_lease(self) -> None:
-        if self._lease is not None:
-            self._lease.release()
-            self._lease = None
 
     def _is_current(self) -> bool:
         try:

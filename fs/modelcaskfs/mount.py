@@ -13,21 +13,21 @@ from pathlib import Path
 from modelcask.errors import MountFailed
 from modelcask.mounts import clear_dead_mount, unmount_lazily
 from modelcask.store import Store
+from modelcaskfs import fuse_binding
+from modelcaskfs.mount_options import MountOptions
 from modelcaskfs.reader import SpanReader
 from modelcaskfs.views import Tree
 
 # Blobs kept open; half of what most systems let a process open without asking (1,048,576 hard, often 4096).
 _MAX_OPEN_BLOBS = 1024
 
-# The option to hash each blob before its first byte is read.
-VERIFY = "verify"
-
 
 def serve(
     store: Store,
     mountpoint: Path,
     *,
-    options: list[str],
+    options: MountOptions,
+    libfuse_major: int | None = None,
     on_ready: Callable[[], None],
     on_stopping: Callable[[], None] = lambda: None,
 ) -> None:
@@ -36,31 +36,34 @@ def serve(
     SIGTERM and SIGINT unmount: at once where nobody uses it, else lazily, when the last user is gone.
 
     Args:
-        options: mount options, each as after `-o`; `verify` is ours, all others are libfuse's.
+        libfuse_major: 2 or 3 for that libfuse, None for the one that is there.
         on_ready: called once, when the kernel has begun to ask.
         on_stopping: called once, when it is unmounted, or about to be.
 
     Raises:
-        MountFailed: the mountpoint or the library refused.
+        MountFailed: the mountpoint or the library refused, or the kernel broke the connection off.
     """
     _check_mountpoint(mountpoint)
+    fuse_binding.load(libfuse_major)
     from modelcaskfs import libfuse  # here, so that all else works without the library
     from modelcaskfs.ops import Adapter
 
-    tree = Tree(store)
-    reader = SpanReader(store.blobs, max_open=_raise_open_files(), verify=VERIFY in options)
-    options = [option for option in options if option != VERIFY]
-    adapter = Adapter(tree, reader, on_ready=on_ready)
+    tree = Tree(store, self_contained=options.self_contained)
+    reader = SpanReader(store.blobs, max_open=_raise_open_files(), verify=options.verify)
+    adapter = Adapter(tree, reader, ownership=options.ownership, on_ready=on_ready)
     # A comma or a backslash in the store's path would end the option.
     name = str(store.root).replace("\\", "\\\\").replace(",", "\\,")
     fixed = [f"fsname={name}", "subtype=modelcaskfs", "ro", "default_permissions"]
     wanted = {signal.SIGTERM, signal.SIGINT}
     # Blocked before any thread starts, so that all threads leave them to sigwait.
     signal.pthread_sigmask(signal.SIG_BLOCK, wanted)
-    session = libfuse.Session(mountpoint, adapter.operations(), [*fixed, *options])
+    session = libfuse.Session(mountpoint, adapter.operations(), [*fixed, *options.for_the_mount])
+
+    ended_well = True
 
     def loop() -> None:
-        session.loop()
+        nonlocal ended_well
+        ended_well = session.loop()
         os.kill(os.getpid(), signal.SIGTERM)
 
     thread = threading.Thread(target=loop, name="fuse")
@@ -73,6 +76,8 @@ def serve(
     adapter.close()
     reader.close()
     session.close()
+    if not ended_well:
+        raise MountFailed(mountpoint, "the kernel's requests could not be read any more", "mount it again")
 
 
 def _check_mountpoint(mountpoint: Path) -> None:

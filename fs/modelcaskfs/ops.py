@@ -23,8 +23,10 @@ import xxhash
 
 from modelcask.errors import ModelcaskError, ModelNotFound
 from modelcaskfs import libfuse
+from modelcaskfs.mount_options import Ownership
+from modelcaskfs.nodes import Directory, Entry, FileNode, LinkNode, Node
 from modelcaskfs.reader import SpanReader
-from modelcaskfs.views import Directory, Entry, FileNode, LinkNode, Node, Tree
+from modelcaskfs.views import Tree
 
 log = logging.getLogger("modelcaskfs")
 
@@ -33,6 +35,7 @@ _FLEETING_SECONDS = 1.0
 _LASTING_SECONDS = 86400.0
 _WAITING_READERS = 8
 _MAX_READ = 1 << 20
+_MAX_NAME = 255
 
 
 @dataclass
@@ -46,7 +49,7 @@ class _Known:
 class Adapter:
     """Answers libfuse's low-level requests from a `Tree`."""
 
-    def __init__(self, tree: Tree, reader: SpanReader, *, on_ready: Callable[[], None]) -> None:
+    def __init__(self, tree: Tree, reader: SpanReader, *, ownership: Ownership, on_ready: Callable[[], None]) -> None:
         self._tree = tree
         self._reader = reader
         self._on_ready = on_ready
@@ -56,7 +59,7 @@ class Adapter:
         self._lock = threading.Lock()
         self._waiting = ThreadPoolExecutor(_WAITING_READERS, "read")
         self._buffers = threading.local()
-        self._uid, self._gid = os.getuid(), os.getgid()
+        self._ownership = ownership
 
     def operations(self) -> libfuse.Operations:
         """The table of callbacks; it must live as long as the session."""
@@ -72,9 +75,13 @@ class Adapter:
             "readdir",
             "releasedir",
             "statfs",
+            "getxattr",
+            "listxattr",
         ):
             kind = dict(libfuse.Operations._fields_)[name]
             setattr(table, name, kind(_answering(getattr(self, f"_{name}"))))
+        for name in libfuse.REFUSED:  # the kernel asks only where somebody made the mount writable
+            setattr(table, name, dict(libfuse.Operations._fields_)[name](_refuse))
         table.init = dict(libfuse.Operations._fields_)["init"](self._init)
         table.forget = dict(libfuse.Operations._fields_)["forget"](self._forget)
         return table
@@ -89,6 +96,8 @@ class Adapter:
 
     def _lookup(self, request: int, parent: int, name: bytes) -> None:
         directory = self._directory(parent)
+        if len(name) > _MAX_NAME:
+            raise OSError(errno.ENAMETOOLONG, "name too long")  # the kernel itself lets 1024 bytes of FUSE's through
         try:
             node = directory.lookup(os.fsdecode(name))
         except ModelNotFound:
@@ -127,12 +136,12 @@ class Adapter:
         node = self._node(number)
         if not isinstance(node, FileNode):
             raise OSError(errno.EISDIR, "not a file")
-        if info.contents.flags & os.O_ACCMODE != os.O_RDONLY:
+        if info.contents.flags & (os.O_ACCMODE | os.O_TRUNC) != os.O_RDONLY:
             raise OSError(errno.EROFS, "read-only filesystem")
-        if not node.model.in_use:
+        if not node.protection.in_use:
             # What is open of its blobs for other models may have been quarantined and stored anew since.
-            self._reader.forget(node.model.stored.manifest.blobs())
-        if not node.model.acquire():
+            self._reader.forget(node.protection.blobs())
+        if not node.protection.acquire():
             # The name now means another model; ESTALE makes the kernel look it up again.
             raise OSError(errno.ESTALE, "the model was replaced")
         info.contents.fh = self._new_handle(node)
@@ -196,10 +205,20 @@ class Adapter:
             "f_files",
             "f_ffree",
             "f_favail",
-            "f_namemax",
         )
         answer = libfuse.Statvfs(**{name: getattr(store, name) for name in fields})
+        answer.f_namemax = _MAX_NAME
         libfuse.reply_statfs(request, ctypes.byref(answer))
+
+    def _getxattr(self, request: int, number: int, name: bytes, size: int) -> None:
+        value = self._node(number).xattrs.get(os.fsdecode(name))
+        if value is None:
+            raise OSError(errno.ENODATA, "no such attribute")
+        _reply_sized(request, os.fsencode(value), size)
+
+    def _listxattr(self, request: int, number: int, size: int) -> None:
+        names = (os.fsencode(name) + b"\0" for name in self._node(number).xattrs)
+        _reply_sized(request, b"".join(names), size)
 
     def _node(self, number: int) -> Node:
         known = self._known.get(number)
@@ -224,20 +243,20 @@ class Adapter:
 
     def _fill(self, attributes: Any, number: int, node: Node) -> None:
         attributes.st_ino = number
-        attributes.st_uid, attributes.st_gid = self._uid, self._gid
+        attributes.st_uid, attributes.st_gid = self._ownership.uid, self._ownership.gid
         for field in (attributes.st_atimespec, attributes.st_mtimespec, attributes.st_ctimespec):
             field.tv_sec, field.tv_nsec = divmod(node.mtime_ns, 1_000_000_000)
         attributes.st_blksize = 4096
         attributes.st_nlink = 1
         if isinstance(node, FileNode):
-            attributes.st_mode = stat.S_IFREG | 0o444
+            attributes.st_mode = stat.S_IFREG | (0o444 & ~self._ownership.umask)
             attributes.st_size = node.content.size
             attributes.st_blocks = -(-node.content.size // 512)
         elif isinstance(node, LinkNode):
             attributes.st_mode = stat.S_IFLNK | 0o777
             attributes.st_size = len(os.fsencode(node.target))
         else:
-            attributes.st_mode = stat.S_IFDIR | 0o555
+            attributes.st_mode = stat.S_IFDIR | (0o555 & ~self._ownership.umask)
             attributes.st_nlink = 2
 
     def _new_handle(self, target: Any) -> int:
@@ -248,8 +267,8 @@ class Adapter:
 
     def _close_file(self, handle: int) -> None:
         node: FileNode = self._handles.pop(handle)
-        if node.model.release():
-            self._reader.forget(node.model.stored.manifest.blobs())
+        if node.protection.release():
+            self._reader.forget(node.protection.blobs())
 
     def _buffer(self, size: int) -> Any:
         """A buffer of this thread's, of at least `size` bytes, good until its next request."""
@@ -257,6 +276,20 @@ class Adapter:
         if buffer is None or len(buffer) < size:
             buffer = self._buffers.buffer = ctypes.create_string_buffer(max(size, 128 << 10))
         return buffer
+
+
+def _reply_sized(request: int, data: bytes, size: int) -> None:
+    """Answer a question for extended attributes: with `size` 0 it is for their length alone (getxattr(2))."""
+    if size == 0:
+        libfuse.reply_xattr(request, len(data))
+    elif len(data) > size:
+        raise OSError(errno.ERANGE, "the buffer is too small")
+    else:
+        libfuse.reply_buf(request, data, len(data))
+
+
+def _refuse(request: int) -> None:
+    libfuse.reply_err(request, errno.EROFS)
 
 
 def _view(buffer: Any, size: int) -> memoryview:

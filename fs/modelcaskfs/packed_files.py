@@ -101,26 +101,31 @@ def _unpacked(model: ModelFolder, header: Layer, unpack: Unpack) -> Iterator[Pac
 
 
 def _shard(model: ModelFolder, header: Layer, unpack: Unpack, file_format: str) -> SpanFile:
-    tensors = list(_unpacked(model, header, unpack))
-    entries, end = [], 0
+    return packed_shard(_unpacked(model, header, unpack), file_format=file_format)
+
+
+def packed_shard(tensors: Iterable[PackedTensor], *, file_format: str) -> SpanFile:
+    """A shard of these tensors, in this order, under a header made for it."""
+    entries, spans, end = [], [], 0
     for tensor in tensors:
         entries.append(TensorEntry(tensor.name, tensor.dtype, tensor.shape, end, end + tensor.nbytes))
+        spans.append((tensor.source, tensor.nbytes))
         end += tensor.nbytes
     head = encode_header(entries, metadata={"format": file_format}, alignment=_PAGE)
-    return SpanFile([(head, len(head)), *((tensor.source, tensor.nbytes) for tensor in tensors)])
+    return SpanFile([(head, len(head)), *spans])
 
 
 def _config(model: ModelFolder, layer: Layer, configure: Configure) -> SpanFile:
     tensors = component_tensors(model, layer.folder)
     if all(isinstance(tensor.layout, bytes) for tensor in tensors):
         return model.content(layer)  # nothing of it is quantized
-    fields = _parsed(model, layer)
+    fields = parsed(model, layer)
     added = configure(tensors, fields)
-    return _json(model, layer, {**fields, **added}) if added else model.content(layer)
+    return json_file(model, layer.name, {**fields, **added}) if added else model.content(layer)
 
 
 def _shard_index(model: ModelFolder, layer: Layer, unpack: Unpack) -> SpanFile:
-    fields = _parsed(model, layer)
+    fields = parsed(model, layer)
     weight_map, total = {}, 0
     named = fields.get("weight_map")
     listed = list(named.values()) if isinstance(named, dict) else []
@@ -130,10 +135,11 @@ def _shard_index(model: ModelFolder, layer: Layer, unpack: Unpack) -> SpanFile:
             for packed in _unpacked(model, header, unpack):
                 weight_map[packed.name] = path.name
                 total += packed.nbytes
-    return _json(model, layer, {**fields, "metadata": {"total_size": total}, "weight_map": weight_map})
+    fields |= {"metadata": {"total_size": total}, "weight_map": weight_map}
+    return json_file(model, layer.name, fields)
 
 
-def _parsed(model: ModelFolder, layer: Layer) -> dict[str, Any]:
+def parsed(model: ModelFolder, layer: Layer) -> dict[str, Any]:
     """The JSON object of a file, for a client that reads it leniently."""
     text = model.read(layer)
     try:
@@ -146,9 +152,10 @@ def _parsed(model: ModelFolder, layer: Layer) -> dict[str, Any]:
     return fields
 
 
-def _json(model: ModelFolder, layer: Layer, fields: Mapping[str, Any]) -> SpanFile:
+def json_file(model: ModelFolder, name: str, fields: Mapping[str, Any]) -> SpanFile:
+    """A JSON file that the mount makes up. Raises InvalidManifest if it is nested too deeply."""
     try:
         text = json.dumps(fields, indent=2).encode() + b"\n"
     except RecursionError:
-        raise InvalidManifest(model.stored.path, f"{layer.name} is nested too deeply") from None
+        raise InvalidManifest(model.stored.path, f"{name} is nested too deeply") from None
     return SpanFile([(text, len(text))])

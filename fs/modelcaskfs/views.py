@@ -12,92 +12,29 @@ import os
 import stat
 from collections import OrderedDict
 from collections.abc import Iterator
-from dataclasses import dataclass
-from pathlib import PurePosixPath
-from typing import Protocol
 
 from modelcask.errors import ModelNotFound
-from modelcask.manifests import REPORT_TYPE, Layer, ManifestStore, version_of
+from modelcask.manifests import REPORT_TYPE, ManifestStore, version_of
 from modelcask.names import DEFAULT_HOST, ModelName
 from modelcask.store import Store
-from modelcaskfs.conventions import CONVENTIONS, Children, Convention
+from modelcaskfs.blob_folder import BlobFolder
+from modelcaskfs.conventions import CONVENTIONS, Convention
+from modelcaskfs.hub_view import HubCache
 from modelcaskfs.model_folder import ModelFolder
-from modelcaskfs.packed_files import Generated
-from modelcaskfs.spans import SpanFile
-
-
-@dataclass(frozen=True, slots=True)
-class Entry:
-    """A name in a directory.
-
-    Attributes:
-        kind: S_IFDIR, S_IFREG or S_IFLNK.
-        key: the key of the node that looking the name up gives.
-    """
-
-    name: str
-    kind: int
-    key: str
-
-
-class Node(Protocol):
-    """Something in the tree.
-
-    Attributes:
-        key: names this node for ever; equal keys show equal content, if the node is lasting.
-        lasting: whether it never changes under its key.
-    """
-
-    @property
-    def key(self) -> str: ...
-    @property
-    def mtime_ns(self) -> int: ...
-    @property
-    def lasting(self) -> bool: ...
-
-
-class Directory(Node, Protocol):
-    """A node that has others below it."""
-
-    def lookup(self, name: str) -> Node | None:
-        """The node called `name`, None if there is none."""
-        ...
-
-    def entries(self) -> Iterator[Entry]:
-        """All names, each once."""
-        ...
-
-
-@dataclass(frozen=True, slots=True)
-class FileNode:
-    """A regular file of a model."""
-
-    key: str
-    mtime_ns: int
-    content: SpanFile
-    model: ModelFolder
-    lasting: bool = True
-
-
-@dataclass(frozen=True, slots=True)
-class LinkNode:
-    """A symlink."""
-
-    key: str
-    mtime_ns: int
-    target: str
-    lasting: bool = True
+from modelcaskfs.nodes import NO_XATTRS, Directory, Entry, LinkNode, Node, model_directory, versioned
 
 
 class Tree:
     """The whole tree of a store.
 
     Args:
+        self_contained: whether the tree holds the blobs itself, instead of a link to the store's.
         cached_models: how many parsed manifests are kept for models that nobody has open.
     """
 
-    def __init__(self, store: Store, *, cached_models: int = 32) -> None:
+    def __init__(self, store: Store, *, self_contained: bool = False, cached_models: int = 32) -> None:
         self._store = store
+        self.self_contained = self_contained
         self._models: OrderedDict[tuple[ModelName, tuple[int, int, int]], ModelFolder] = OrderedDict()
         self._cached_models = cached_models
         self._quantized: dict[tuple[str, ...], tuple[tuple[int, int, int], bool]] = {}
@@ -147,26 +84,31 @@ class Tree:
 
 
 class _Root:
-    """The top: a directory for each view, and the link to the blobs."""
+    """The top: a directory for each view, and the blobs."""
 
     key = "/"
     lasting = False
+    xattrs = NO_XATTRS
 
     def __init__(self, tree: Tree) -> None:
         self._tree = tree
-        self._views = {convention.name: _Names(tree, convention, ()) for convention in CONVENTIONS}
+        self._named = {convention.name: _Names(tree, convention, ()) for convention in CONVENTIONS}
+        self._views: dict[str, Directory] = {**self._named, "hub": HubCache(tree)}
+        if tree.self_contained:
+            self._views["blobs"] = BlobFolder(tree.store)
 
     @property
     def mtime_ns(self) -> int:
-        return max(view.mtime_ns for view in self._views.values())
+        return max(view.mtime_ns for view in self._named.values())
 
     def lookup(self, name: str) -> Node | None:
-        if name == "blobs":
+        if name == "blobs" and not self._tree.self_contained:
             return LinkNode("/blobs", self.mtime_ns, str(self._tree.store.blobs.directory))
         return self._views.get(name)
 
     def entries(self) -> Iterator[Entry]:
-        yield Entry("blobs", stat.S_IFLNK, "/blobs")
+        if not self._tree.self_contained:
+            yield Entry("blobs", stat.S_IFLNK, "/blobs")
         for name, view in self._views.items():
             yield Entry(name, stat.S_IFDIR, view.key)
 
@@ -179,6 +121,7 @@ class _Names:
     """
 
     lasting = False
+    xattrs = NO_XATTRS
 
     def __init__(self, tree: Tree, convention: Convention, parts: tuple[str, ...]) -> None:
         self._tree = tree
@@ -211,7 +154,7 @@ class _Names:
                     continue
                 seen.add(name)
                 key = f"{self.key}/{name}"
-                yield Entry(name, stat.S_IFDIR, key if len(place) < 3 else _versioned(key, version_of(found)))
+                yield Entry(name, stat.S_IFDIR, key if len(place) < 3 else versioned(key, version_of(found)))
 
     @property
     def _manifests(self) -> ManifestStore:
@@ -241,45 +184,4 @@ class _Names:
             return None
         if not model.stored.manifest.is_image_model:
             return None
-        key = _versioned(f"{self.key}/{name.tag}", model.stored.version)
-        view = self._convention
-        if view.name not in model.children:
-            model.children[view.name] = view.children(model)
-        return _ModelDirectory(key, model, model.children[view.name])
-
-
-class _ModelDirectory:
-    """A directory within a model; its names are known from the manifest alone."""
-
-    lasting = True
-
-    def __init__(self, key: str, model: ModelFolder, children: Children) -> None:
-        self.key = key
-        self._model = model
-        self._children = children
-
-    @property
-    def mtime_ns(self) -> int:
-        return self._model.stored.mtime_ns
-
-    def lookup(self, name: str) -> Node | None:
-        child = self._children.get(name)
-        key = f"{self.key}/{name}"
-        if child is None:
-            return None
-        if isinstance(child, Layer):
-            return FileNode(key, self.mtime_ns, self._model.content(child), self._model)
-        if isinstance(child, Generated):
-            return FileNode(key, self.mtime_ns, child.content(), self._model)
-        if isinstance(child, PurePosixPath):
-            return LinkNode(key, self.mtime_ns, str(child))
-        return _ModelDirectory(key, self._model, child)
-
-    def entries(self) -> Iterator[Entry]:
-        for name, child in self._children.items():
-            kind = stat.S_IFLNK if isinstance(child, PurePosixPath) else stat.S_IFREG
-            yield Entry(name, stat.S_IFDIR if isinstance(child, dict) else kind, f"{self.key}/{name}")
-
-
-def _versioned(key: str, version: tuple[int, int, int]) -> str:
-    return f"{key}@{'.'.join(map(str, version))}"
+        return model_directory(f"{self.key}/{name.tag}", model, self._convention)

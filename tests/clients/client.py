@@ -49,8 +49,8 @@ class Client:
         """Writes the tiny pipeline of that name into `folder`."""
         self._ask({"do": "build", "pipeline": pipeline, "folder": str(folder)})
 
-    def run(self, pipeline: str, folder: Path, **load: Any) -> torch.Tensor:
-        """Loads `folder` with `from_pretrained(folder, **load)` and returns the image it makes."""
+    def run(self, pipeline: str, folder: Path | str, **load: Any) -> torch.Tensor:
+        """Loads `folder`, or a repository's name, with `from_pretrained(folder, **load)`; the image it makes."""
         from safetensors.torch import load_file
 
         self._images += 1

@@ -31,7 +31,7 @@ def _answer(request: dict[str, Any]) -> dict[str, Any]:
         case "build":
             _PIPELINES[request["pipeline"]].build(Path(request["folder"]))
         case "run":
-            image = _PIPELINES[request["pipeline"]].run(Path(request["folder"]), **request["load"])
+            image = _PIPELINES[request["pipeline"]].run(request["folder"], **request["load"])
             save_file({"image": image.contiguous()}, request["image"])
             # Modules refer to one another in cycles; what they have mapped would keep the mount busy.
             gc.collect()

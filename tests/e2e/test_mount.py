@@ -54,7 +54,13 @@ def test_inodes_are_the_same_in_the_next_mount(cask: CommandLine, fuse: None, tm
             return {str(path): path.lstat().st_ino for path in root.rglob("*")}
 
     first = inodes()
-    assert len(set(first.values())) == len(first)
+    of_their_own = {path: number for path, number in first.items() if "/snapshots/" not in path}
+    assert len(set(of_their_own.values())) == len(of_their_own)
+    (snapshot,) = {path.partition("/snapshots/")[2][:40] for path in first.keys() - of_their_own.keys()}
+    shown = {path: number for path, number in first.items() if f"/{snapshot}/" in path and "." in Path(path).name}
+    below = {path: number for path, number in first.items() if "/diffusers/library/m/latest/" in path}
+    assert shown  # files of hub/ are those of diffusers/, so that they are cached once
+    assert all(number in below.values() for number in shown.values())
     assert inodes() == first
 
 
@@ -133,6 +139,28 @@ def test_a_model_that_is_imported_replaced_or_removed_appears_so_within_two_seco
     wait_for(lambda: (model / shard).read_bytes() == (two / shard).read_bytes(), seconds=2)
     cask("rm", "x")
     wait_for(lambda: not model.exists() and os.listdir(root / "diffusers") == [], seconds=2)  # noqa: PTH208
+
+
+def test_the_hub_view_is_a_cache_whose_main_ref_follows_the_model(
+    cask: CommandLine, mount: Mount, tmp_path: Path
+) -> None:
+    one, two = write_model(tmp_path / "one", transformer="one"), write_model(tmp_path / "two", transformer="two")
+    root = mount()
+    ref = root / "hub/models--library--x/refs/main"
+    cask("import", one, "--name", "x")
+    wait_for(ref.exists, seconds=2)
+    first = ref.read_bytes()
+    snapshot = Path(cask("path", "x", "--view", "hub").out.strip())
+    assert snapshot == root / "hub/models--library--x/snapshots" / first.decode()
+    assert files_of(snapshot) == files_of(one)
+    assert (root / "hub/models--x").resolve() == ref.parent.parent
+    cask("import", two, "--name", "x")
+    wait_for(lambda: ref.read_bytes() != first, seconds=2)
+    assert len(ref.read_bytes()) == 40
+    assert files_of(ref.parent.parent / "snapshots" / ref.read_text()) == files_of(two)
+    wait_for(lambda: not snapshot.exists(), seconds=2)
+    cask("rm", "x")
+    wait_for(lambda: not ref.parent.exists() and os.listdir(root / "hub") == [], seconds=2)  # noqa: PTH208
 
 
 def test_an_open_file_and_a_mapping_keep_the_old_content_through_replacing_rm_and_gc(

@@ -16,8 +16,9 @@ from safetensors import deserialize
 from folders import tensor, write_component, write_model
 from modelcask.quantize import QUANT_TYPES
 from modelcask.store import Store
+from modelcaskfs.nodes import FileNode
 from modelcaskfs.reader import SpanReader
-from modelcaskfs.views import FileNode, Tree
+from modelcaskfs.views import Tree
 from running import import_folder
 from trees import content, find, names, walk
 

@@ -13,7 +13,8 @@ from modelcask.names import ModelName
 from modelcask.safetensors_layout import ShardLayout
 from modelcask.store import Store
 from modelcaskfs import model_folder
-from modelcaskfs.views import FileNode, LinkNode, Tree
+from modelcaskfs.nodes import FileNode, LinkNode
+from modelcaskfs.views import Tree
 from running import import_folder
 from trees import content, find, names, walk
 
@@ -90,11 +91,11 @@ def test_a_model_that_is_open_keeps_its_blobs_through_rm_and_gc(store: Store, tm
     (result,) = import_folder(store, folder)
     node = find(Tree(store), "diffusers/library/m/latest/vae/diffusion_pytorch_model.safetensors")
     assert isinstance(node, FileNode)
-    assert node.model.acquire()
+    assert node.protection.acquire()
     store.manifests.remove(result.name)
     assert gc.collect(store).blobs == {}
     assert content(store, node) == (folder / "vae/diffusion_pytorch_model.safetensors").read_bytes()
-    node.model.release()
+    node.protection.release()
     assert gc.collect(store).size == result.new_bytes
 
 
@@ -103,7 +104,7 @@ def test_a_model_that_was_removed_before_it_is_opened_cannot_be_acquired(store: 
     node = find(Tree(store), "diffusers/library/m/latest/README.md")
     assert isinstance(node, FileNode)
     store.manifests.remove(result.name)
-    assert not node.model.acquire()
+    assert not node.protection.acquire()
     assert [path.name for path in store.leases.iterdir()] == ["gate"]
 
 

@@ -110,6 +110,7 @@ def path_command(name: str, view: str, root: Path, *, as_json: bool) -> None:
     \b
       DiffusionPipeline.from_pretrained("$(modelcask path flux)")
     """
+    from modelcask.hub_names import snapshot_path
     from modelcask.mounts import mounts_of
 
     store = existing_store(root)
@@ -117,7 +118,8 @@ def path_command(name: str, view: str, root: Path, *, as_json: bool) -> None:
     mounts = mounts_of(store.root)
     if not mounts:
         raise MountFailed(store.root, "is not mounted anywhere", "run `modelcask mount DIR` or `modelcask up`")
-    paths = [mount.mountpoint / view / stored.name.view_path for mount in mounts]
+    within = snapshot_path(stored) if view == "hub" else stored.name.view_path
+    paths = [mount.mountpoint / view / within for mount in mounts]
     path = next((path for path in paths if path.is_dir()), None)
     if path is None:
         raise MountFailed(paths[0], f"the mount shows no {stored.name} under {view}", "try another --view")

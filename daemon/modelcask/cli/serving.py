@@ -62,6 +62,7 @@ def mount_command(directory: Path, options: tuple[str, ...], root: Path, *, fore
     \b
       DIR/diffusers/library/flux/latest/   the folder as it was dropped
       DIR/tensors/library/flux/latest/     a file for each tensor
+      DIR/hub/                             a Hugging Face cache (HF_HUB_CACHE=DIR/hub HF_HUB_OFFLINE=1)
       DIR/blobs/                           the store's blobs
     """
     existing_store(root)
