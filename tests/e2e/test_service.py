@@ -263,7 +263,8 @@ def test_the_configuration_is_read_again_and_a_faulty_one_refused(
     watching.process.send_signal(signal.SIGHUP)
     wait_for(lambda: watching.states() == {"library/n:int8": "imported"})
     said = watching.end()
-    assert f"{config}: drop 1: quantise: no such key" in said
+    line = len(good.splitlines()) + 1
+    assert f"{config}, line {line}: drop 1: quantise: no such key" in said
     assert "the configuration stays as it was" in said
 
 
