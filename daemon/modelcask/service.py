@@ -117,7 +117,13 @@ class Service:
     def _work(self) -> None:
         while not self.stop.is_set():
             self.noticed.clear()
-            seconds = self._look_at_all()
+            try:
+                seconds = self._look_at_all()
+            except (MemoryError, RuntimeError, ImportError) as error:
+                if (lack := memory_error(error)) is None:
+                    raise
+                log.error("%s", lack)
+                seconds = _TRY_AGAIN
             self.noticed.wait(None if math.isinf(seconds) else seconds)
             # What is noticed comes in bursts; one look serves for all of half a second.
             self.stop.wait(_LOOK_AGAIN)
@@ -178,8 +184,7 @@ class Service:
             # A fault of the store or of the machine: it may pass without the drop changing.
             return self._fail_for_now(found, disk_error(error))
         except (MemoryError, RuntimeError, ImportError) as error:
-            lack = memory_error(error)
-            if lack is None:
+            if (lack := memory_error(error)) is None:
                 raise
             return self._fail_for_now(found, lack)
         for result in results:
