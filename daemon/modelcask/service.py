@@ -21,7 +21,7 @@ from modelcask import settle
 from modelcask.config import Config
 from modelcask.drop_import import ImportOutcome, finish_removal, import_drop
 from modelcask.drops import Found, find_drops
-from modelcask.errors import IndexFailed, ModelcaskError, disk_error, printable
+from modelcask.errors import IndexFailed, ModelcaskError, disk_error, memory_error, printable
 from modelcask.index import Drop
 from modelcask.leases import SoleLease
 from modelcask.notify import Notifier
@@ -138,7 +138,14 @@ class Service:
             if self._reload_wanted.is_set():
                 self._reload_wanted.clear()
                 self._reload()
-            self._look_around()
+            try:
+                self._look_around()
+            except (MemoryError, RuntimeError, ImportError) as error:
+                if (lack := memory_error(error)) is None:
+                    raise
+                log.error("%s", lack)
+                self._all_due = 0.0  # what this round did not come to is for the next
+                self._stop.wait(_ROUND)
             self._tell_status()
             # Never longer than a round: what cannot raise an event is found by coming round.
             waiting = (drop for drop in self._drops.values() if drop.job is None and not self._is_away(drop.found.path))

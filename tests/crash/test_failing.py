@@ -371,6 +371,26 @@ def test_the_watcher_outlives_a_full_disk_and_goes_on_when_there_is_space(cask: 
         disks.run("umount", cask.store)
 
 
+def test_the_watcher_outlives_a_lack_of_memory_and_goes_on_when_there_is_some(
+    cask: CommandLine, tmp_path: Path
+) -> None:
+    folder = write_model(tmp_path / "m")
+    shutil.copytree(folder, drops_of(cask) / "m", ignore=shutil.ignore_patterns("model_index.json"))
+    process = start_watching(cask)
+    try:
+        wait_for(lambda: drop_state(cask)[0] == "settling")
+        usual = resource.prlimit(process.pid, resource.RLIMIT_AS)
+        size = int(Path(f"/proc/{process.pid}/statm").read_text().split()[0]) * resource.getpagesize()
+        resource.prlimit(process.pid, resource.RLIMIT_AS, (size + (2 << 20), usual[1]))
+        shutil.copy2(folder / "model_index.json", drops_of(cask) / "m")  # now it is complete
+        wait_for(lambda: "there is not enough memory; close other programs" in said_by_watcher(cask).read_text())
+        resource.prlimit(process.pid, resource.RLIMIT_AS, usual)
+        wait_for(lambda: drop_state(cask)[0] == "imported")
+        promises.check_sound(cask.store)
+    finally:
+        end_watching(cask, process)
+
+
 @pytest.mark.fuse
 @pytest.mark.usefixtures("fuse")
 def test_watcher_and_mount_outlive_a_store_that_vanishes_and_comes_back(cask: CommandLine, tmp_path: Path) -> None:
