@@ -239,7 +239,11 @@ class ManifestStore:
 
     def _renew(self, path: Path) -> None:
         try:
-            os.utime(path)
+            before = path.stat().st_mtime_ns
+            # As little later as can be: a file that is older than its import and not what was imported has rotted.
+            os.utime(path, ns=(before + 1, before + 1))
+            if path.stat().st_mtime_ns == before:
+                os.utime(path)  # a filesystem that counts in coarser steps
         except FileNotFoundError:
             pass  # removed meanwhile
         except OSError as error:

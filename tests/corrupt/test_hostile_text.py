@@ -236,8 +236,9 @@ def test_99999_shards_are_checked_in_linear_time(tmp_path: Path) -> None:
         SourceFile(PurePosixPath(f"t/m-{number:05}-of-{count:05}.safetensors"), tmp_path, (0, number, 0, 0, 0))
         for number in range(1, count + 1)
     )
+    index = SourceFile(PurePosixPath("t/m.safetensors.index.json"), tmp_path, (0, 0, 0, 0, 0))
     started = time.monotonic()
-    check_numbered_shards(SourceFolder(tmp_path, files, ()))
+    check_numbered_shards(SourceFolder(tmp_path, (*files, index), ()))
     assert time.monotonic() - started < 10
 
 
