@@ -154,7 +154,8 @@ def test_a_full_filesystem_fails_the_import_in_words_and_more_space_mends_it(
                 if failed == 1:
                     said = cask("import", folder, "--store", root, status=1).err
                     assert said.count("\n") == 1
-                    assert "no space left on device; free some space there" in said
+                    assert "no space left on device for 4 MB at least" in said
+                assert "free some space there" in said
                 disks.run("mount", "-o", "remount,size=16m", small)
                 promises.importing(folder)(root)
                 promises.check_nothing_left(root)
