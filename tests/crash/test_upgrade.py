@@ -20,7 +20,8 @@ from modelcask.errors import InvalidStore
 from modelcask.names import ModelName
 from modelcask.store import Store
 from modelcask.verify import verify
-from modelcaskfs.views import FileNode, Tree
+from modelcaskfs.nodes import FileNode
+from modelcaskfs.views import Tree
 from running import CommandLine, import_folder
 from trees import content, walk
 
