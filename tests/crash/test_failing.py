@@ -154,8 +154,8 @@ def test_a_full_filesystem_fails_the_import_in_words_and_more_space_mends_it(
                 if failed == 1:
                     said = cask("import", folder, "--store", root, status=1).err
                     assert said.count("\n") == 1
-                    assert "no space left on device for 4 MB at least" in said
-                assert "free some space there" in said
+                    assert "no space left on device" in said
+                    assert "free some space there" in said
                 disks.run("mount", "-o", "remount,size=16m", small)
                 promises.importing(folder)(root)
                 promises.check_nothing_left(root)
@@ -362,7 +362,8 @@ def test_the_watcher_outlives_a_full_disk_and_goes_on_when_there_is_space(cask: 
         process = start_watching(cask)
         try:
             said = said_of_failure(cask)
-            assert "no space left on device; free some space there" in said
+            assert "no space left on device" in said
+            assert "free some space there" in said
             disks.run("mount", "-o", "remount,size=100m", cask.store)
             wait_for(lambda: drop_state(cask)[0] == "imported")
             promises.check_sound(cask.store)

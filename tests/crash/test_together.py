@@ -205,7 +205,7 @@ def test_many_processes_at_once_disturb_nobody(cask: CommandLine, memory: Path, 
         [promises.verifying_soundness],
     ]
     promises.importing(folders["two"], quantize="int4")(memory / "warm")
-    deadline = time.monotonic() + (120 if torture else 3)
+    deadline = time.monotonic() + (120 if torture else 2)
     with cask.mounted(memory / "mnt") as mounted:
         models = mounted / "diffusers/library"
         readers = [
