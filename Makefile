@@ -18,6 +18,7 @@ test-clients: $(VENV)/.installed-clients libfuse
 # Kills, power cuts, failing disks and the like at full size; `make test` runs a sample of each.
 torture: $(VENV)/.installed-dev libfuse filesystems
 	$(BIN)/python -m pytest -m torture --torture --timeout 3600 -s
+
 # The large run of tests/fuzz: some 1.3 million inputs, a quarter of an hour.
 fuzz: $(VENV)/.installed-dev
 	$(BIN)/pip install --quiet -e '.[dev,fuzz]'

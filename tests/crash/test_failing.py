@@ -241,9 +241,10 @@ def test_an_error_of_write_back_that_another_program_was_told_still_fails_the_im
         durable.sync_filesystem(store.root)
         data = b"failing!" * 10_000
         with store.ingestion() as ingestion:
-            ingestion.put(data, Digest.of(data))
-            with disk.broken(data[:8]), pytest.raises(OSError, match="Input/output error"):
-                write_back(store.root)
+            with disk.broken(data[:8]):  # before the blob is there: its write-back begins by itself
+                ingestion.put(data, Digest.of(data))
+                with pytest.raises(OSError, match="Input/output error"):
+                    write_back(store.root)
             with pytest.raises(OSError, match="Input/output error"):
                 ingestion.flush()
             assert promises.blob_names(store.root) == set()
