@@ -35,6 +35,16 @@ def current_mounts() -> list[Mount]:
     return mounts
 
 
+def device_of(mountpoint: Path) -> str | None:
+    """The device of what is mounted at `mountpoint`, as `major:minor`; the filesystem is not asked for it."""
+    device = None
+    for line in Path("/proc/self/mountinfo").read_text(errors="surrogateescape").splitlines():
+        fields = line.split(" ")
+        if _unescaped(fields[4]) == str(mountpoint):
+            device = fields[2]  # the last one lies on top
+    return device
+
+
 def mounts_of(store: Path) -> list[Mount]:
     """The mounts that show `store`."""
     return [mount for mount in current_mounts() if mount.store == store]

@@ -14,6 +14,7 @@ import logging
 import os
 import stat
 import threading
+from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ import xxhash
 
 from modelcask.errors import ModelcaskError, ModelNotFound
 from modelcaskfs import libfuse
+from modelcaskfs.read_ahead import READ_AHEAD
 from modelcaskfs.reader import SpanReader
 from modelcaskfs.views import Directory, Entry, FileNode, LinkNode, Node, Tree
 
@@ -32,15 +34,27 @@ log = logging.getLogger("modelcaskfs")
 _FLEETING_SECONDS = 1.0
 _LASTING_SECONDS = 86400.0
 _WAITING_READERS = 8
-_MAX_READ = 1 << 20
+# Requests of read-ahead at once. Of those beyond the kernel's 12 it forgets pages that it has taken memory for already.
+_MAX_BACKGROUND = 64
 
 
-@dataclass
+# Nodes kept for what the kernel knows; each may hold a model's whole manifest, half a KiB for each of its tensors.
+_KEPT_NODES = 64
+
+
+@dataclass(slots=True)
 class _Known:
-    """A node the kernel knows, and how often it was told of it."""
+    """A node the kernel knows: where it was found, how often the kernel was told of it, how often it is open.
 
-    node: Node
+    The kernel remembers as many nodes as it likes, so they are not kept, but found again in their directory.
+    """
+
+    key: str
+    parent: int
+    name: str
     lookups: int
+    opened: Node | None = None
+    openings: int = 0
 
 
 class Adapter:
@@ -50,7 +64,10 @@ class Adapter:
         self._tree = tree
         self._reader = reader
         self._on_ready = on_ready
-        self._known: dict[int, _Known] = {libfuse.ROOT_NODE: _Known(tree.root, 1)}
+        self._known: dict[int, _Known] = {
+            libfuse.ROOT_NODE: _Known(tree.root.key, libfuse.ROOT_NODE, "", 1, opened=tree.root)
+        }
+        self._nodes: OrderedDict[int, Node] = OrderedDict()
         self._handles: dict[int, Any] = {}
         self._last_handle = 0
         self._lock = threading.Lock()
@@ -84,7 +101,9 @@ class Adapter:
         self._waiting.shutdown()
 
     def _init(self, _userdata: Any, connection: Any) -> None:
-        connection.contents.max_readahead = _MAX_READ
+        connection.contents.max_readahead = READ_AHEAD
+        connection.contents.max_background = _MAX_BACKGROUND
+        connection.contents.congestion_threshold = _MAX_BACKGROUND * 3 // 4
         self._on_ready()
 
     def _lookup(self, request: int, parent: int, name: bytes) -> None:
@@ -96,7 +115,7 @@ class Adapter:
         timeout = _LASTING_SECONDS if directory.lasting else _FLEETING_SECONDS
         answer = libfuse.EntryParam(entry_timeout=timeout)
         if node is not None:
-            number = self._remember(node)
+            number = self._remember(node, parent, os.fsdecode(name))
             lifetime = _LASTING_SECONDS if node.lasting else _FLEETING_SECONDS
             answer.ino, answer.attr_timeout = number, lifetime
             self._fill(answer.attr, number, node)
@@ -108,6 +127,7 @@ class Adapter:
             known.lookups -= count
             if known.lookups <= 0:
                 del self._known[number]
+                self._nodes.pop(number, None)
         libfuse.reply_none(request)
 
     def _getattr(self, request: int, number: int, _info: Any) -> None:
@@ -135,13 +155,15 @@ class Adapter:
         if not node.model.acquire():
             # The name now means another model; ESTALE makes the kernel look it up again.
             raise OSError(errno.ESTALE, "the model was replaced")
-        info.contents.fh = self._new_handle(node)
+        known = self._known[number]
+        known.opened, known.openings = node, known.openings + 1
+        info.contents.fh = self._new_handle((node, known))
         info.contents.keep_cache = 1
         if libfuse.reply_open(request, info) == -errno.ENOENT:
             self._close_file(info.contents.fh)  # the open was interrupted, no release will follow
 
     def _read(self, request: int, _number: int, size: int, offset: int, info: Any) -> None:
-        node: FileNode = self._handles[info.contents.fh]
+        node: FileNode = self._handles[info.contents.fh][0]
         buffer = self._buffer(size)
         count = self._reader.read_cached(node.content, offset, _view(buffer, size))
         if count is not None:
@@ -205,7 +227,21 @@ class Adapter:
         known = self._known.get(number)
         if known is None:
             raise OSError(errno.ESTALE, "forgotten node")
-        return known.node
+        if known.opened is not None:
+            return known.opened
+        node = self._nodes.get(number)
+        if node is None:
+            node = self._directory(known.parent).lookup(known.name)
+            if node is None or node.key != known.key:
+                raise OSError(errno.ESTALE, "the model was replaced")
+        self._keep(number, node)
+        return node
+
+    def _keep(self, number: int, node: Node) -> None:
+        self._nodes[number] = node
+        self._nodes.move_to_end(number)
+        if len(self._nodes) > _KEPT_NODES:
+            self._nodes.popitem(last=False)
 
     def _directory(self, number: int) -> Directory:
         node = self._node(number)
@@ -213,13 +249,14 @@ class Adapter:
             raise OSError(errno.ENOTDIR, "not a directory")
         return node  # type: ignore[return-value]
 
-    def _remember(self, node: Node) -> int:
+    def _remember(self, node: Node, parent: int, name: str) -> int:
         """The node's number, counting one more lookup. Nodes of equal keys have equal numbers."""
         number = _inode(node.key)
-        known = self._known.setdefault(number, _Known(node, 0))
-        if known.node.key != node.key:
-            raise OSError(errno.EIO, f"{node.key} and {known.node.key} have one inode number")
+        known = self._known.setdefault(number, _Known(node.key, parent, name, 0))
+        if known.key != node.key:
+            raise OSError(errno.EIO, f"{node.key} and {known.key} have one inode number")
         known.lookups += 1
+        self._keep(number, node)
         return number
 
     def _fill(self, attributes: Any, number: int, node: Node) -> None:
@@ -247,7 +284,10 @@ class Adapter:
             return self._last_handle
 
     def _close_file(self, handle: int) -> None:
-        node: FileNode = self._handles.pop(handle)
+        node, known = self._handles.pop(handle)
+        known.openings -= 1
+        if not known.openings:
+            known.opened = None
         if node.model.release():
             self._reader.forget(node.model.stored.manifest.blobs())
 
