@@ -45,7 +45,7 @@ class Outcome:
         worst: seconds of the longest single open, read or walk through a mapping.
         changes: imports, replacements, removals and gc runs that were done meanwhile.
         errors: what readers saw that they must not see.
-        rss: MiB of the serving process, sampled once a second from when all readers had begun.
+        rss: MiB of the serving process, sampled after each change.
     """
 
     reads: int
@@ -112,8 +112,11 @@ def run(work: Path, *, seconds: float, readers: int) -> Outcome:
         changes: Counter[str] = Counter()
         rss: list[float] = []
         while time.monotonic() < until:
-            _change(cask, work, changes)
-            rss.append(_resident_mib(server))
+            for what, arguments in _rounds(work):
+                cask(*arguments)
+                changes[what] += 1
+                rss.append(_resident_mib(server))
+                time.sleep(_PAUSE)
         errors, reads, size, worst = [], 0, 0, 0.0
         for process in processes:
             out, _ = process.communicate(timeout=60)
@@ -124,19 +127,17 @@ def run(work: Path, *, seconds: float, readers: int) -> Outcome:
     return Outcome(reads, size / 1e9, worst, changes, errors, rss)
 
 
-def _change(cask: object, work: Path, changes: Counter[str]) -> None:
-    """One round of what happens to a store: imported, replaced, gc, removed, gc."""
-    for what, arguments in (
-        ("imported", ["import", work / "state0", "--name", _CHURNING]),
-        ("replaced", ["import", work / "state1", "--name", _CHURNING]),
+def _rounds(work: Path) -> list[tuple[str, list[str | Path]]]:
+    """What happens to a model again and again."""
+    first, second = (["import", work / f"state{number}", "--name", _CHURNING] for number in range(2))
+    return [
+        ("imported", first),
+        ("replaced", second),
         ("gc", ["gc"]),
-        ("replaced", ["import", work / "state0", "--name", _CHURNING]),
+        ("replaced", first),
         ("removed", ["rm", _CHURNING]),
         ("gc", ["gc"]),
-    ):
-        cask(*arguments)  # type: ignore[operator]
-        changes[what] += 1
-        time.sleep(_PAUSE)
+    ]
 
 
 def _write_dequantized(store: Path, path: Path, target: Path) -> None:

@@ -44,19 +44,22 @@ class BlobReader:
         Raises:
             CorruptBlob: the blob is missing or not as long as it should be.
         """
-        blob = self._opened(source)
-        position = source.offset + skip
-        if wait:
-            os.posix_fadvise(blob.fd, position, _READ_AHEAD, os.POSIX_FADV_WILLNEED)
+        blob = self._opened(source, wait=wait)
+        if blob is None:
+            return False
+        position, flags = source.offset + skip, os.RWF_NOWAIT
         while target:
             try:
-                count = os.preadv(blob.fd, [target], position, 0 if wait else os.RWF_NOWAIT)
-            except BlockingIOError:
-                return False
+                count = os.preadv(blob.fd, [target], position, flags)
             except OSError as error:
-                if not wait and error.errno == errno.EOPNOTSUPP:
-                    return False  # this filesystem cannot tell; the waiting way is the only one
-                raise
+                # EOPNOTSUPP: this filesystem cannot tell; the waiting way is the only one.
+                if not flags or error.errno not in (errno.EAGAIN, errno.EOPNOTSUPP):
+                    raise
+                if not wait:
+                    return False
+                os.posix_fadvise(blob.fd, position, _READ_AHEAD, os.POSIX_FADV_WILLNEED)
+                flags = 0
+                continue
             if count == 0:
                 raise CorruptBlob(self._blobs.path(source.digest), "this blob was cut short")
             target, position = target[count:], position + count
@@ -68,12 +71,15 @@ class BlobReader:
             for digest in digests:
                 self._open.pop(digest, None)
 
-    def _opened(self, source: BlobRange) -> _OpenBlob:
+    def _opened(self, source: BlobRange, *, wait: bool) -> _OpenBlob | None:
+        """The open blob; None if it must be opened first, for which a disk may be needed, and `wait` is not set."""
         with self._lock:
             blob = self._open.get(source.digest)
             if blob is not None:
                 self._open.move_to_end(source.digest)
                 return blob
+        if not wait:
+            return None
         blob = _OpenBlob(self._blobs.open(source.digest, source.blob_size))
         with self._lock:
             self._open[source.digest] = blob

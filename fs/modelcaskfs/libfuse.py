@@ -88,7 +88,7 @@ class ConnectionInfo(ctypes.Structure):
     )
 
 
-_FileInfoP = POINTER(FileInfo)
+FileInfoPointer = _FileInfoP = POINTER(FileInfo)
 _Request = c_void_p
 _Unused = c_void_p
 

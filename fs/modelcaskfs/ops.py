@@ -1,7 +1,7 @@
 """The FUSE adapter: requests in, nodes of the tree out, errors to errnos.
 
-One loop answers everything that needs no waiting. A read whose bytes are not in the page cache goes to a
-few threads, which answer it when the disk has them, so a slow disk never holds up other readers. Measured
+One loop answers reads whose bytes are in the page cache. Whatever may wait for a disk (any other read, looking up,
+opening, closing) goes to threads, which answer it when they can, so a slow disk never holds up other readers. Measured
 on two cores (DESIGN.md, "Serving"): reads that are cached are cheaper inline than handed over, for the GIL
 changes hands twice in a hand-over.
 """
@@ -33,9 +33,11 @@ log = logging.getLogger("modelcaskfs")
 # What changes must be seen within two seconds; what is lasting can be cached as long as the kernel likes.
 _FLEETING_SECONDS = 1.0
 _LASTING_SECONDS = 86400.0
-_WAITING_READERS = 8
+# What may wait for a disk at once. Threads are started as they are needed; a reader that is stuck has its read-ahead
+# waiting, 16 requests at most.
+_WAITING = 64
 # Requests of read-ahead at once. Of those beyond the kernel's 12 it forgets pages that it has taken memory for already.
-_MAX_BACKGROUND = 64
+_MAX_BACKGROUND = 128
 
 
 # Nodes kept for what the kernel knows; each may hold a model's whole manifest, half a KiB for each of its tensors.
@@ -71,33 +73,33 @@ class Adapter:
         self._handles: dict[int, Any] = {}
         self._last_handle = 0
         self._lock = threading.Lock()
-        self._waiting = ThreadPoolExecutor(_WAITING_READERS, "read")
+        self._waiting = ThreadPoolExecutor(_WAITING, "wait")
         self._buffers = threading.local()
         self._uid, self._gid = os.getuid(), os.getgid()
 
     def operations(self) -> libfuse.Operations:
         """The table of callbacks; it must live as long as the session."""
         table = libfuse.Operations()
-        for name in (
-            "lookup",
-            "getattr",
-            "readlink",
-            "open",
-            "read",
-            "release",
-            "opendir",
-            "readdir",
-            "releasedir",
-            "statfs",
-        ):
+        for name in ("read", "readdir", "releasedir"):
             kind = dict(libfuse.Operations._fields_)[name]
             setattr(table, name, kind(_answering(getattr(self, f"_{name}"))))
+        for name in ("lookup", "getattr", "readlink", "open", "release", "opendir", "statfs"):
+            kind = dict(libfuse.Operations._fields_)[name]
+            setattr(table, name, kind(self._handed_over(_answering(getattr(self, f"_{name}")))))
         table.init = dict(libfuse.Operations._fields_)["init"](self._init)
         table.forget = dict(libfuse.Operations._fields_)["forget"](self._forget)
         return table
 
+    def _handed_over(self, answer: Callable[..., None]) -> Callable[..., None]:
+        """`answer`, on a thread that may wait; the library's structures do not outlive the call, so they are copied."""
+
+        def submit(request: int, *arguments: Any) -> None:
+            self._waiting.submit(answer, request, *map(_owned, arguments))
+
+        return submit
+
     def close(self) -> None:
-        """End the readers that wait."""
+        """End the threads that wait."""
         self._waiting.shutdown()
 
     def _init(self, _userdata: Any, connection: Any) -> None:
@@ -122,12 +124,13 @@ class Adapter:
         libfuse.reply_entry(request, ctypes.byref(answer))
 
     def _forget(self, request: int, number: int, count: int) -> None:
-        known = self._known.get(number)
-        if known is not None and number != libfuse.ROOT_NODE:
-            known.lookups -= count
-            if known.lookups <= 0:
-                del self._known[number]
-                self._nodes.pop(number, None)
+        with self._lock:
+            known = self._known.get(number)
+            if known is not None and number != libfuse.ROOT_NODE:
+                known.lookups -= count
+                if known.lookups <= 0:
+                    del self._known[number]
+                    self._nodes.pop(number, None)
         libfuse.reply_none(request)
 
     def _getattr(self, request: int, number: int, _info: Any) -> None:
@@ -155,8 +158,9 @@ class Adapter:
         if not node.model.acquire():
             # The name now means another model; ESTALE makes the kernel look it up again.
             raise OSError(errno.ESTALE, "the model was replaced")
-        known = self._known[number]
-        known.opened, known.openings = node, known.openings + 1
+        with self._lock:
+            known = self._known[number]
+            known.opened, known.openings = node, known.openings + 1
         info.contents.fh = self._new_handle((node, known))
         info.contents.keep_cache = 1
         if libfuse.reply_open(request, info) == -errno.ENOENT:
@@ -224,20 +228,28 @@ class Adapter:
         libfuse.reply_statfs(request, ctypes.byref(answer))
 
     def _node(self, number: int) -> Node:
-        known = self._known.get(number)
-        if known is None:
-            raise OSError(errno.ESTALE, "forgotten node")
-        if known.opened is not None:
-            return known.opened
-        node = self._nodes.get(number)
-        if node is None:
+        with self._lock:
+            known = self._known.get(number)
+            if known is None:
+                raise OSError(errno.ESTALE, "forgotten node")
+            if known.opened is not None:
+                return known.opened
+            node = self._nodes.get(number)
+            if node is not None:
+                self._nodes.move_to_end(number)
+                return node
+        try:
             node = self._directory(known.parent).lookup(known.name)
-            if node is None or node.key != known.key:
-                raise OSError(errno.ESTALE, "the model was replaced")
-        self._keep(number, node)
+        except ModelNotFound:
+            node = None
+        if node is None or node.key != known.key:
+            raise OSError(errno.ESTALE, "the model was replaced")
+        with self._lock:
+            self._keep(number, node)
         return node
 
     def _keep(self, number: int, node: Node) -> None:
+        """Under the lock: keep the node, and let go of the one that was longest of no use."""
         self._nodes[number] = node
         self._nodes.move_to_end(number)
         if len(self._nodes) > _KEPT_NODES:
@@ -252,11 +264,12 @@ class Adapter:
     def _remember(self, node: Node, parent: int, name: str) -> int:
         """The node's number, counting one more lookup. Nodes of equal keys have equal numbers."""
         number = _inode(node.key)
-        known = self._known.setdefault(number, _Known(node.key, parent, name, 0))
-        if known.key != node.key:
-            raise OSError(errno.EIO, f"{node.key} and {known.key} have one inode number")
-        known.lookups += 1
-        self._keep(number, node)
+        with self._lock:
+            known = self._known.setdefault(number, _Known(node.key, parent, name, 0))
+            if known.key != node.key:
+                raise OSError(errno.EIO, f"{node.key} and {known.key} have one inode number")
+            known.lookups += 1
+            self._keep(number, node)
         return number
 
     def _fill(self, attributes: Any, number: int, node: Node) -> None:
@@ -284,10 +297,11 @@ class Adapter:
             return self._last_handle
 
     def _close_file(self, handle: int) -> None:
-        node, known = self._handles.pop(handle)
-        known.openings -= 1
-        if not known.openings:
-            known.opened = None
+        with self._lock:
+            node, known = self._handles.pop(handle)
+            known.openings -= 1
+            if not known.openings:
+                known.opened = None
         if node.model.release():
             self._reader.forget(node.model.stored.manifest.blobs())
 
@@ -301,6 +315,13 @@ class Adapter:
 
 def _view(buffer: Any, size: int) -> memoryview:
     return memoryview(buffer).cast("B")[:size]
+
+
+def _owned(argument: Any) -> Any:
+    """The argument of a callback, good after its return."""
+    if not isinstance(argument, libfuse.FileInfoPointer):
+        return argument
+    return ctypes.pointer(libfuse.FileInfo.from_buffer_copy(argument.contents)) if argument else None
 
 
 def _inode(key: str) -> int:

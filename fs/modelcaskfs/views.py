@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import stat
+import threading
 from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -90,7 +91,7 @@ class LinkNode:
 
 
 class Tree:
-    """The whole tree of a store.
+    """The whole tree of a store. Threads may share it.
 
     Args:
         cached_models: how many parsed manifests are kept for models that nobody has open.
@@ -100,6 +101,7 @@ class Tree:
         self._store = store
         self._models: OrderedDict[tuple[ModelName, tuple[int, int, int]], ModelFolder] = OrderedDict()
         self._cached_models = cached_models
+        self._lock = threading.Lock()
         self._quantized: dict[tuple[str, ...], tuple[tuple[int, int, int], bool]] = {}
         self.root = _Root(self)
 
@@ -134,15 +136,15 @@ class Tree:
         if stat_now is None:
             raise ModelNotFound(str(name), self._store.root)
         key = (name, version_of(stat_now))
-        folder = self._models.get(key)
-        if folder is None:
-            stored = self._store.manifests.read_path(self._store.root / "manifests" / name.path)
-            folder = ModelFolder(stored, self._store.blobs, self._store.leases)
-            self._models[key] = folder
+        with self._lock:
+            if key in self._models:
+                self._models.move_to_end(key)
+                return self._models[key]
+        stored = self._store.manifests.read_path(self._store.root / "manifests" / name.path)
+        with self._lock:  # of threads that read it at once, the first one's stays
+            folder = self._models.setdefault(key, ModelFolder(stored, self._store.blobs, self._store.leases))
             if len(self._models) > self._cached_models:
                 self._models.popitem(last=False)
-        else:
-            self._models.move_to_end(key)
         return folder
 
 
