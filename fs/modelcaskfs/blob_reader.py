@@ -6,7 +6,7 @@ import errno
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from modelcask.blobs import BlobStore
 from modelcask.digest import Digest
@@ -15,6 +15,10 @@ from modelcaskfs.spans import BlobRange
 
 # A miss in the page cache starts this much of the blob's own read-ahead, so that the requests to follow hit.
 _READ_AHEAD = 4 << 20
+# What was served is let go of in pieces of this size: half a millisecond each, once in some sixty reads.
+_PIECE = 8 << 20
+# Memory is short where less than this part of it is free, that is, holds not even a file's pages.
+_SHORT = 8
 
 
 class _OpenBlob:
@@ -29,12 +33,20 @@ class _OpenBlob:
         os.close(self.fd)
 
 
+def memory_is_short() -> bool:
+    """Whether what is cached displaces something."""
+    return os.sysconf("SC_AVPHYS_PAGES") * _SHORT < os.sysconf("SC_PHYS_PAGES")
+
+
 class BlobReader:
     """Reads ranges of blobs. Threads may share it."""
 
-    def __init__(self, blobs: BlobStore, *, max_open: int) -> None:
+    def __init__(
+        self, blobs: BlobStore, *, max_open: int, memory_is_short: Callable[[], bool] = memory_is_short
+    ) -> None:
         self._blobs = blobs
         self._max_open = max_open
+        self._memory_is_short = memory_is_short
         self._open: OrderedDict[Digest, _OpenBlob] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -64,6 +76,21 @@ class BlobReader:
                 raise CorruptBlob(self._blobs.path(source.digest), "this blob was cut short")
             target, position = target[count:], position + count
         return True
+
+    def let_go(self, source: BlobRange, skip: int, length: int) -> None:
+        """Tell that these bytes are in the page cache of a file of the mount: the blob's pages hold them a second time.
+
+        Where memory is short, they are dropped piece by piece, as readers come to each piece's end. Where it is not,
+        they stay: other models that share the blob have pages of their own, and find these.
+        """
+        begin = source.offset + skip
+        end = begin + length
+        last = end if end == source.blob_size else end // _PIECE * _PIECE
+        if begin < last and self._memory_is_short():
+            blob = self._opened(source, wait=False)
+            if blob is not None:
+                first = begin // _PIECE * _PIECE
+                os.posix_fadvise(blob.fd, first, last - first, os.POSIX_FADV_DONTNEED)
 
     def forget(self, digests: Iterable[Digest]) -> None:
         """Close these blobs once nobody reads them: gc can free their space, and what replaces them is seen."""

@@ -155,6 +155,11 @@ class ModelFolder:
         return None if name is None else QUANT_TYPES[name]
 
     @property
+    def users(self) -> int:
+        """How many have acquired it and not released it."""
+        return self._users
+
+    @property
     def in_use(self) -> bool:
         """Whether somebody has acquired it."""
         return self._users > 0

@@ -1,7 +1,8 @@
 """The FUSE adapter: requests in, nodes of the tree out, errors to errnos.
 
-One loop answers reads whose bytes are in the page cache. Whatever may wait for a disk (any other read, looking up,
-opening, closing) goes to threads, which answer it when they can, so a slow disk never holds up other readers. Measured
+One loop answers what is in memory: reads whose bytes are in the page cache, names above the models, the opening of
+models that are in use. Whatever may wait for a disk (any other read, files that are looked up, leases) goes to
+threads, which answer it when they can, so a slow disk never holds up other readers. Measured
 on two cores (DESIGN.md, "Serving"): reads that are cached are cheaper inline than handed over, for the GIL
 changes hands twice in a hand-over.
 """
@@ -85,18 +86,35 @@ class Adapter:
             setattr(table, name, kind(_answering(getattr(self, f"_{name}"))))
         for name in ("lookup", "getattr", "readlink", "open", "release", "opendir", "statfs"):
             kind = dict(libfuse.Operations._fields_)[name]
-            setattr(table, name, kind(self._handed_over(_answering(getattr(self, f"_{name}")))))
+            setattr(table, name, kind(self._handed_over(name, _answering(getattr(self, f"_{name}")))))
         table.init = dict(libfuse.Operations._fields_)["init"](self._init)
         table.forget = dict(libfuse.Operations._fields_)["forget"](self._forget)
         return table
 
-    def _handed_over(self, answer: Callable[..., None]) -> Callable[..., None]:
-        """`answer`, on a thread that may wait; the library's structures do not outlive the call, so they are copied."""
+    def _handed_over(self, name: str, answer: Callable[..., None]) -> Callable[..., None]:
+        """`answer`, on a thread that may wait where it may have to."""
 
-        def submit(request: int, *arguments: Any) -> None:
-            self._waiting.submit(answer, request, *map(_owned, arguments))
+        def submit(request: int, number: int, *arguments: Any) -> None:
+            if self._may_wait(name, number, arguments):
+                # The library's structures do not outlive the call.
+                self._waiting.submit(answer, request, number, *map(_owned, arguments))
+            else:
+                answer(request, number, *arguments)
 
         return submit
+
+    def _may_wait(self, name: str, number: int, arguments: tuple[Any, ...]) -> bool:
+        if name == "release":
+            opened: FileNode = self._handles[arguments[0].contents.fh][0]
+            return opened.model.users == 1
+        with self._lock:
+            known = self._known.get(number)
+            node = known.opened or self._nodes.get(number) if known else None
+        if name == "lookup":
+            return node is None or node.lasting
+        if name == "open":
+            return not (isinstance(node, FileNode) and node.model.in_use)
+        return node is None or name not in ("getattr", "readlink")
 
     def close(self) -> None:
         """End the threads that wait."""
