@@ -1,10 +1,10 @@
 """The FUSE adapter: requests in, nodes of the tree out, errors to errnos.
 
 One loop answers what is in memory: reads whose bytes are in the page cache, names above the models, the opening of
-models that are in use. Whatever may wait for a disk (any other read, files that are looked up, leases) goes to
-threads, which answer it when they can, so a slow disk never holds up other readers. Measured
-on two cores (DESIGN.md, "Serving"): reads that are cached are cheaper inline than handed over, for the GIL
-changes hands twice in a hand-over.
+models that are in use. Whatever may wait for a disk (any other read, models and files that are looked up, leases) goes
+to threads, which answer it when they can, so a slow disk never holds up other readers. Measured on two cores
+(DESIGN.md, "Serving"): reads that are cached are cheaper inline than handed over, for the GIL changes hands twice in a
+hand-over.
 """
 
 from __future__ import annotations

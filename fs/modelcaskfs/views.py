@@ -124,7 +124,6 @@ class _Names:
     """
 
     lasting = False
-    may_wait = False
     xattrs = NO_XATTRS
 
     def __init__(self, tree: Tree, convention: Convention, parts: tuple[str, ...]) -> None:
@@ -132,6 +131,10 @@ class _Names:
         self._convention = convention
         self._parts = parts
         self.key = "/" + "/".join((convention.name, *parts))
+
+    @property
+    def may_wait(self) -> bool:
+        return len(self._parts) >= 2  # the names may be tags, whose manifests are read
 
     @property
     def mtime_ns(self) -> int:

@@ -7,14 +7,18 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
 from folders import Tensor, tensor, write_component, write_model
 from modelcask.mounts import device_of
+from modelcask.names import ModelName
+from modelcask.store import Store
 from running import CommandLine, serving, wait_for
+from upstream_models import keep_what_upstream_writes
 
 pytestmark = pytest.mark.fuse
 
@@ -112,14 +116,11 @@ def test_reads_of_one_byte_and_of_64_mib_are_right_at_every_boundary_between_spa
         os.close(fd)
 
 
-def test_a_blob_on_a_disk_that_does_not_answer_holds_up_nobody_else(
-    cask: CommandLine, mount: Mount, tmp_path: Path
-) -> None:
-    """The disk: a second mount, of another store, whose process is stopped."""
-    data = {name: tensor(name, 3000, 1000) for name in ("stuck", "free")}
-    shards = {name: imported(cask, tmp_path, {"w": data[name]}, name) for name in data}
-    layers = cask("show", "stuck", "--json").json["layers"]
-    digest = next(layer["digest"] for layer in layers if layer["name"] == "transformer/w")
+@contextmanager
+def on_another_disk(cask: CommandLine, tmp_path: Path, model: str, layer: str) -> Iterator[int]:
+    """Has the blob of a layer on a second mount, of another store. The process that serves it can be stopped."""
+    layers = cask("show", model, "--json").json["layers"]
+    digest = next(each["digest"] for each in layers if each["name"] == layer)
     blob = cask.store / "blobs" / digest.replace(":", "-")
     disk = CommandLine(tmp_path / "disk", tmp_path / "home")
     carrier = write_model(tmp_path / "carrier")
@@ -128,26 +129,51 @@ def test_a_blob_on_a_disk_that_does_not_answer_holds_up_nobody_else(
     with disk.mounted(tmp_path / "disk mount") as lower:
         blob.unlink()
         blob.symlink_to(lower / "diffusers/library/carrier/latest/blob.txt")
+        (server,) = serving(disk.store)
+        yield server
+        cask("umount", tmp_path / "mnt")
+
+
+def holds_up_nobody_else(server: int, stuck: list[list[str | Path]], free: list[list[str | Path]]) -> None:
+    """The commands `stuck` end when `server` goes on, those of `free` before."""
+    os.kill(server, signal.SIGSTOP)
+    processes = [subprocess.Popen(command, stdout=subprocess.DEVNULL) for command in stuck]
+    try:
+        time.sleep(0.5)  # for the requests to get stuck; were they not yet, the test would only be weaker
+        for command in free:
+            subprocess.run(command, timeout=_DEADLINE, check=True, stdout=subprocess.DEVNULL)
+        assert [process.poll() for process in processes] == [None] * len(stuck)
+    finally:
+        os.kill(server, signal.SIGCONT)
+        assert [process.wait(_DEADLINE) for process in processes] == [0] * len(stuck)
+
+
+def test_a_blob_on_a_disk_that_does_not_answer_holds_up_nobody_else(
+    cask: CommandLine, mount: Mount, tmp_path: Path
+) -> None:
+    data = {name: tensor(name, 3000, 1000) for name in ("stuck", "free")}
+    shards = {name: imported(cask, tmp_path, {"w": data[name]}, name) for name in data}
+    with on_another_disk(cask, tmp_path, "stuck", "transformer/w") as server:
         shown = mount() / "diffusers/library"
         assert (shown / "stuck/latest" / _SHARD).stat().st_size == shards["stuck"].stat().st_size
-        (server,) = serving(disk.store)
-        os.kill(server, signal.SIGSTOP)
-        stuck = [
-            subprocess.Popen(["cmp", shown / "stuck/latest" / _SHARD, shards["stuck"]], stdout=subprocess.DEVNULL)
-            for _ in range(3)
-        ]
-        try:
-            time.sleep(0.5)  # for the requests to get stuck; were they not yet, the test would only be weaker
-            reading = subprocess.run(
-                ["cmp", shown / "free/latest" / _SHARD, shards["free"]], timeout=_DEADLINE, check=False
-            )
-            assert reading.returncode == 0
-            subprocess.run(["ls", "-lR", shown / "free"], timeout=_DEADLINE, check=True, stdout=subprocess.DEVNULL)
-            assert [process.poll() for process in stuck] == [None] * 3
-        finally:
-            os.kill(server, signal.SIGCONT)
-        assert [process.wait(_DEADLINE) for process in stuck] == [0] * 3
-        cask("umount", tmp_path / "mnt")
+        compare: dict[str, list[str | Path]] = {
+            name: ["cmp", shown / name / "latest" / _SHARD, shards[name]] for name in shards
+        }
+        holds_up_nobody_else(server, [compare["stuck"]] * 3, [compare["free"], ["ls", "-lR", shown / "free"]])
+
+
+@pytest.mark.parametrize("view", ["diffusers/library/stuck", "hub/models--library--stuck/snapshots"])
+def test_a_model_whose_folder_needs_a_disk_that_does_not_answer_holds_up_nobody_else(
+    cask: CommandLine, mount: Mount, tmp_path: Path, view: str
+) -> None:
+    """Of a model of upstream's, the files' names follow from the blob of its index."""
+    shard = imported(cask, tmp_path, {"w": tensor("w", 300, 1000)}, "free")
+    cask("import", write_model(tmp_path / "stuck", transformer="other"))
+    keep_what_upstream_writes(Store.open(cask.store), ModelName.parse("stuck"))
+    with on_another_disk(cask, tmp_path, "stuck", "model_index.json") as server:
+        root = mount()
+        compare: list[str | Path] = ["cmp", root / "diffusers/library/free/latest" / _SHARD, shard]
+        holds_up_nobody_else(server, [["ls", "-R", root / view]] * 3, [compare])
 
 
 def test_directories_that_were_let_go_of_are_found_again_until_their_model_is_replaced(
