@@ -80,11 +80,17 @@ class Adapter:
         def submit(request: int, number: int, *arguments: Any) -> None:
             if self._may_wait(name, number, arguments):
                 # The library's structures do not outlive the call.
-                self._waiting.submit(answer, request, number, *map(_owned, arguments))
+                self._hand_over(answer, request, number, *map(_owned, arguments))
             else:
                 answer(request, number, *arguments)
 
         return submit
+
+    def _hand_over(self, answer: Callable[..., None], *arguments: Any) -> None:
+        try:
+            self._waiting.submit(answer, *arguments)
+        except RuntimeError as error:  # it waits for the threads that there are, of which `_init` has begun one
+            log.warning("%s", error)
 
     def _may_wait(self, name: str, number: int, arguments: tuple[Any, ...]) -> bool:
         if name == "release":
@@ -105,6 +111,7 @@ class Adapter:
         connection.contents.max_readahead = READ_AHEAD
         connection.contents.max_background = _MAX_BACKGROUND
         connection.contents.congestion_threshold = _MAX_BACKGROUND * 3 // 4
+        self._waiting.submit(int)  # begins a thread, while there is memory for one
         self._on_ready()
 
     def _lookup(self, request: int, parent: int, name: bytes) -> None:
@@ -165,7 +172,7 @@ class Adapter:
         if count is not None:
             libfuse.reply_buf(request, buffer, count)
         else:
-            self._waiting.submit(_answering(self._read_waiting), request, node, size, offset)
+            self._hand_over(_answering(self._read_waiting), request, node, size, offset)
 
     def _read_waiting(self, request: int, node: FileNode, size: int, offset: int) -> None:
         buffer = self._buffer(size)

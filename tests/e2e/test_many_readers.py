@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -174,6 +175,22 @@ def test_a_model_whose_folder_needs_a_disk_that_does_not_answer_holds_up_nobody_
         root = mount()
         compare: list[str | Path] = ["cmp", root / "diffusers/library/free/latest" / _SHARD, shard]
         holds_up_nobody_else(server, [["ls", "-R", root / view]] * 3, [compare])
+
+
+def test_reads_are_answered_when_no_more_threads_are_to_be_had(cask: CommandLine, mount: Mount, tmp_path: Path) -> None:
+    shard = imported(cask, tmp_path, {f"w{n}": tensor(f"w{n}", 100, 1000) for n in range(40)})
+    path = mount() / "diffusers/library/m/latest" / _SHARD
+    (server,) = serving(cask.store)
+    size = int(Path(f"/proc/{server}/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
+    # Less than a thread's stack takes, more than the buffers of those that there are.
+    resource.prlimit(server, resource.RLIMIT_AS, (size + (6 << 20),) * 2)
+    reading = [subprocess.Popen(["cmp", path, shard]) for _ in range(16)]
+    try:
+        assert [process.wait(_DEADLINE) for process in reading] == [0] * len(reading)
+    finally:
+        for process in reading:
+            process.kill()
+            process.wait()
 
 
 def test_directories_that_were_let_go_of_are_found_again_until_their_model_is_replaced(
