@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from modelcask.errors import InvalidDigest
 
-_HEX = re.compile(r"[0-9a-f]{64}")
+_TEXT = re.compile(r"sha256:[0-9a-f]{64}")
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -25,10 +25,9 @@ class Digest:
     @classmethod
     def parse(cls, text: str) -> Digest:
         """The digest written `sha256:<hex>`. Raises `InvalidDigest` for anything else."""
-        algorithm, _, hexdigits = text.partition(":")
-        if algorithm != "sha256" or not _HEX.fullmatch(hexdigits):
+        if not _TEXT.fullmatch(text):
             raise InvalidDigest(text)
-        return cls(hexdigits)
+        return cls(text[7:])
 
     @classmethod
     def from_blob_name(cls, name: str) -> Digest:

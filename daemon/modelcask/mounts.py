@@ -35,6 +35,16 @@ def current_mounts() -> list[Mount]:
     return [Mount(entry.mountpoint, Path(entry.source), entry.user) for entry in ours]
 
 
+def device_of(mountpoint: Path) -> str | None:
+    """The device of what is mounted at `mountpoint`, as `major:minor`; the filesystem is not asked for it."""
+    device = None
+    for line in Path("/proc/self/mountinfo").read_text(errors="surrogateescape").splitlines():
+        fields = line.split(" ")
+        if _unescaped(fields[4]) == str(mountpoint):
+            device = fields[2]  # the last one lies on top
+    return device
+
+
 def mounts_of(store: Path) -> list[Mount]:
     """The mounts that show `store`, by us or by root: others can give theirs any name, and show what they like."""
     return [mount for mount in current_mounts() if mount.store == store and mount.user in (0, os.geteuid())]

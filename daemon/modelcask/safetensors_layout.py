@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import struct
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -52,6 +53,8 @@ DTYPE_BITS: Mapping[str, int] = {
     "C64": 64,
 }
 
+# Names that JSON writes as they are.
+_PLAIN = re.compile(r"[A-Za-z0-9_./ -]*")
 _LFS_POINTER = b"version https://git-lfs"
 _TRUNCATED = "download it again, it is not complete"
 
@@ -170,9 +173,11 @@ def parse_header(header: bytes, where: Path) -> ShardLayout:
 def blob_header(name: str, dtype: str, shape: tuple[int, ...], nbytes: int) -> bytes:
     """The bytes that stand before a single tensor's data in its blob, the eight length bytes included.
 
-    They are those upstream's importer writes.
+    They are those upstream's importer writes, and those of `encode_header`; a mount needs thousands to open a shard.
     """
-    return encode_header([TensorEntry(name, dtype, shape, 0, nbytes)])
+    key = f'"{name}"' if _PLAIN.fullmatch(name) else gojson.compact(name).decode()
+    sizes = ",".join(map(str, shape))
+    return _padded(f'{{{key}:{{"dtype":"{dtype}","shape":[{sizes}],"data_offsets":[0,{nbytes}]}}}}'.encode(), 8)
 
 
 def encode_header(
@@ -187,7 +192,10 @@ def encode_header(
     for tensor in tensors:
         offsets = [tensor.begin, tensor.end]
         fields[tensor.name] = {"dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": offsets}
-    text = gojson.compact(fields)
+    return _padded(gojson.compact(fields), alignment)
+
+
+def _padded(text: bytes, alignment: int) -> bytes:
     text += b" " * (-(8 + len(text)) % alignment)
     return struct.pack("<Q", len(text)) + text
 

@@ -20,6 +20,7 @@ class BlobFolder:
 
     key = "/blobs"
     lasting = False
+    may_wait = True
     xattrs = NO_XATTRS
 
     def __init__(self, store: Store) -> None:

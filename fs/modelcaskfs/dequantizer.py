@@ -1,7 +1,8 @@
 """Dequantizing ahead of readers: in chunks, on all cores, into a bounded cache.
 
-A small read costs the groups it lies in. A large one, as the kernel sends them when it reads ahead, is taken
-for part of a stream: its chunk is dequantized whole and kept, and the chunks after it are begun.
+A read costs the groups it lies in, unless it is part of a stream: a large one, as the kernel sends them when it reads
+ahead, that begins where a tensor begins or another read ended. Then its chunk is dequantized whole and kept, and the
+chunks after it are begun.
 """
 
 from __future__ import annotations
@@ -26,6 +27,9 @@ _UNREAD_CHUNKS = 16
 # Smaller reads are random ones: the kernel's read-ahead asks for 128 KiB at a time.
 _STREAM = 64 << 10
 
+# Ends of reads that are remembered, for what follows them.
+_ENDS = 512
+
 _Key = tuple[Digest, int]
 
 
@@ -37,6 +41,7 @@ class Dequantizer:
         self._lock = threading.Lock()
         self._chunks: OrderedDict[_Key, Future[memoryview]] = OrderedDict()
         self._unread: set[_Key] = set()
+        self._ends: OrderedDict[_Key, None] = OrderedDict()
         self._pool = ThreadPoolExecutor(os.cpu_count() or 2, "dequantize")
 
     def read(self, tensor: DequantizedTensor, skip: int, target: memoryview, *, wait: bool) -> bool:
@@ -45,7 +50,7 @@ class Dequantizer:
         Raises:
             CorruptBlob: the blob is missing or not as long as it should be.
         """
-        if len(target) < _STREAM:
+        if not self._is_streamed(tensor.digest, skip, len(target)):
             return self._read_few(tensor, skip, target, wait=wait)
         end = skip + len(target)
         for number in range(skip // _CHUNK, -(-end // _CHUNK)):
@@ -69,6 +74,15 @@ class Dequantizer:
     def close(self) -> None:
         """End the threads."""
         self._pool.shutdown(cancel_futures=True)
+
+    def _is_streamed(self, digest: Digest, skip: int, length: int) -> bool:
+        if length < _STREAM:
+            return False
+        with self._lock:
+            self._ends[digest, skip + length] = None
+            if len(self._ends) > _ENDS:
+                self._ends.popitem(last=False)
+            return skip == 0 or length >= _CHUNK or (digest, skip) in self._ends
 
     def _read_few(self, tensor: DequantizedTensor, skip: int, target: memoryview, *, wait: bool) -> bool:
         number, begin = divmod(skip, _CHUNK)

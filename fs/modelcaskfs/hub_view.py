@@ -45,6 +45,7 @@ class HubCache:
 
     key = "/hub"
     lasting = False
+    may_wait = False
     xattrs = NO_XATTRS
 
     def __init__(self, models: Models) -> None:
@@ -92,6 +93,7 @@ class _Repository:
     """One repository: what clients call refs, snapshots and trees."""
 
     lasting = False
+    may_wait = False
     xattrs = NO_XATTRS
 
     def __init__(self, models: Models, key: str, place: Place) -> None:
@@ -148,6 +150,7 @@ class _Level:
     """A directory of a repository."""
 
     lasting = False
+    may_wait = True
     xattrs = NO_XATTRS
 
     def __init__(self, key: str, repository: _Repository) -> None:
@@ -248,6 +251,7 @@ class _Absent:
     """The complement of one directory: every name that it lacks; with a dot it is a file, without a directory."""
 
     lasting = True
+    may_wait = False
     xattrs = NO_XATTRS
 
     def __init__(self, key: str, model: ModelFolder, present: Children) -> None:

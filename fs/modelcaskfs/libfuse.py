@@ -53,8 +53,6 @@ class Stat(_c_stat):  # type: ignore[misc]
 Statvfs = _binding.structures.c_statvfs
 FileInfo = _binding.structures.fuse_file_info
 
-ROOT_NODE = 1
-
 
 class Args(ctypes.Structure):
     _fields_ = (("argc", c_int), ("argv", POINTER(c_char_p)), ("allocated", c_int))
@@ -89,7 +87,7 @@ class _ConnectionInfo2(ctypes.Structure):
 
 ConnectionInfo: Any = _ConnectionInfo2 if _binding.major == 2 else _binding.structures.fuse_conn_info
 
-_FileInfoP = POINTER(FileInfo)
+FileInfoPointer = _FileInfoP = POINTER(FileInfo)
 _Request = c_void_p
 _Unused = c_void_p
 

@@ -69,7 +69,10 @@ class ModelFolder:
         self.children: dict[str, Any] = {}  # by view, kept for it
         self._building = threading.RLock()
         self._built: dict[str, SpanFile] = {}
-        self.protection = Protection(leases, lambda: stored.manifest.blobs().keys(), is_current=self._is_current)
+        # Of the manifest alone: were it to lead back here, a model that nobody has would stay until cycles are sought.
+        self.protection = Protection(
+            leases, lambda: stored.manifest.blobs().keys(), is_current=lambda: _is_current(stored)
+        )
 
     @cached_property
     def files(self) -> dict[PurePosixPath, Layer]:
@@ -168,12 +171,6 @@ class ModelFolder:
             raise InvalidManifest(self.stored.path, f"it is quantized to {name!r}, which this version does not know")
         return None if name is None else QUANT_TYPES[name]
 
-    def _is_current(self) -> bool:
-        try:
-            return version_of(self.stored.path.stat()) == self.stored.version
-        except FileNotFoundError:
-            return False
-
     def _shard(self, header: Layer) -> SpanFile:
         spans: list[tuple[Source, int]] = [
             (struct.pack("<Q", header.size), 8),
@@ -196,3 +193,10 @@ class ModelFolder:
 
     def _layout(self, header: Layer) -> ShardLayout:
         return parse_header(self._blobs.read(header.digest, header.size), self._blobs.path(header.digest))
+
+
+def _is_current(stored: StoredManifest) -> bool:
+    try:
+        return version_of(stored.path.stat()) == stored.version
+    except FileNotFoundError:
+        return False

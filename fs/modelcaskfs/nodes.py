@@ -57,7 +57,14 @@ class Node(Protocol):
 
 
 class Directory(Node, Protocol):
-    """A node that has others below it."""
+    """A node that has others below it.
+
+    Attributes:
+        may_wait: whether looking up a name in it reads more of the disk than names, so that it can take its time.
+    """
+
+    @property
+    def may_wait(self) -> bool: ...
 
     def lookup(self, name: str) -> Node | None:
         """The node called `name`, None if there is none."""
@@ -104,6 +111,7 @@ class ModelDirectory:
     """
 
     lasting = True
+    may_wait = True
 
     def __init__(
         self,

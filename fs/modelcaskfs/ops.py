@@ -1,9 +1,10 @@
 """The FUSE adapter: requests in, nodes of the tree out, errors to errnos.
 
-One loop answers everything that needs no waiting. A read whose bytes are not in the page cache goes to a
-few threads, which answer it when the disk has them, so a slow disk never holds up other readers. Measured
-on two cores (DESIGN.md, "Serving"): reads that are cached are cheaper inline than handed over, for the GIL
-changes hands twice in a hand-over.
+One loop answers what is in memory: reads whose bytes are in the page cache, names above the models, the opening of
+models that are in use. Whatever may wait for a disk (any other read, models and files that are looked up, leases) goes
+to threads, which answer it when they can, so a slow disk never holds up other readers. Measured on two cores
+(DESIGN.md, "Serving"): reads that are cached are cheaper inline than handed over, for the GIL changes hands twice in a
+hand-over.
 """
 
 from __future__ import annotations
@@ -16,15 +17,14 @@ import stat
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from typing import Any
-
-import xxhash
 
 from modelcask.errors import ModelcaskError, ModelNotFound
 from modelcaskfs import libfuse
+from modelcaskfs.known_nodes import KnownNodes, number_of
 from modelcaskfs.mount_options import Ownership
-from modelcaskfs.nodes import Directory, Entry, FileNode, LinkNode, Node
+from modelcaskfs.nodes import Entry, FileNode, LinkNode, Node
+from modelcaskfs.read_ahead import READ_AHEAD
 from modelcaskfs.reader import SpanReader
 from modelcaskfs.views import Tree
 
@@ -33,17 +33,20 @@ log = logging.getLogger("modelcaskfs")
 # What changes must be seen within two seconds; what is lasting can be cached as long as the kernel likes.
 _FLEETING_SECONDS = 1.0
 _LASTING_SECONDS = 86400.0
-_WAITING_READERS = 8
-_MAX_READ = 1 << 20
+# What may wait for a disk at once. Threads are started as they are needed; a reader that is stuck has its read-ahead
+# waiting, 16 requests at most.
+_WAITING = 64
+# Requests of read-ahead at once. Of those beyond the kernel's 12 it forgets pages that it has taken memory for already.
+_MAX_BACKGROUND = 128
 _MAX_NAME = 255
-
-
-@dataclass
-class _Known:
-    """A node the kernel knows, and how often it was told of it."""
-
-    node: Node
-    lookups: int
+# Answered by the loop always, and where they need not wait.
+_INLINE = ("read", "readdir", "releasedir")
+_HANDED_OVER = (
+    *("lookup", "getattr", "readlink", "open", "release", "opendir", "statfs"),
+    *("getxattr", "listxattr"),
+)
+# Of those, what a node that is at hand answers from memory.
+_OF_THE_NODE = ("getattr", "readlink", "getxattr", "listxattr")
 
 
 class Adapter:
@@ -53,49 +56,66 @@ class Adapter:
         self._tree = tree
         self._reader = reader
         self._on_ready = on_ready
-        self._known: dict[int, _Known] = {libfuse.ROOT_NODE: _Known(tree.root, 1)}
+        self._nodes = KnownNodes(tree.root)
         self._handles: dict[int, Any] = {}
         self._last_handle = 0
         self._lock = threading.Lock()
-        self._waiting = ThreadPoolExecutor(_WAITING_READERS, "read")
+        self._waiting = ThreadPoolExecutor(_WAITING, "wait")
         self._buffers = threading.local()
         self._ownership = ownership
 
     def operations(self) -> libfuse.Operations:
         """The table of callbacks; it must live as long as the session."""
-        table = libfuse.Operations()
-        for name in (
-            "lookup",
-            "getattr",
-            "readlink",
-            "open",
-            "read",
-            "release",
-            "opendir",
-            "readdir",
-            "releasedir",
-            "statfs",
-            "getxattr",
-            "listxattr",
-        ):
-            kind = dict(libfuse.Operations._fields_)[name]
-            setattr(table, name, kind(_answering(getattr(self, f"_{name}"))))
-        for name in libfuse.REFUSED:  # the kernel asks only where somebody made the mount writable
-            setattr(table, name, dict(libfuse.Operations._fields_)[name](_refuse))
-        table.init = dict(libfuse.Operations._fields_)["init"](self._init)
-        table.forget = dict(libfuse.Operations._fields_)["forget"](self._forget)
-        return table
+        answers: dict[str, Callable[..., None]] = {"init": self._init, "forget": self._forget}
+        answers |= {name: _answering(getattr(self, f"_{name}")) for name in _INLINE}
+        answers |= {name: self._handed_over(name, _answering(getattr(self, f"_{name}"))) for name in _HANDED_OVER}
+        # The kernel asks for these only where somebody made the mount writable.
+        answers |= dict.fromkeys(libfuse.REFUSED, _refuse)
+        kinds = dict(libfuse.Operations._fields_)
+        return libfuse.Operations(**{name: kinds[name](answer) for name, answer in answers.items()})
+
+    def _handed_over(self, name: str, answer: Callable[..., None]) -> Callable[..., None]:
+        """`answer`, on a thread that may wait where it may have to."""
+
+        def submit(request: int, number: int, *arguments: Any) -> None:
+            if self._may_wait(name, number, arguments):
+                # The library's structures do not outlive the call.
+                self._hand_over(answer, request, number, *map(_owned, arguments))
+            else:
+                answer(request, number, *arguments)
+
+        return submit
+
+    def _hand_over(self, answer: Callable[..., None], *arguments: Any) -> None:
+        try:
+            self._waiting.submit(answer, *arguments)
+        except RuntimeError as error:  # it waits for the threads that there are, of which `_init` has begun one
+            log.warning("%s", error)
+
+    def _may_wait(self, name: str, number: int, arguments: tuple[Any, ...]) -> bool:
+        if name == "release":
+            opened: FileNode = self._handles[arguments[0].contents.fh][0]
+            return opened.protection.users == 1
+        node = self._nodes.at_hand(number)
+        if name == "lookup":
+            return bool(getattr(node, "may_wait", True))
+        if name == "open":
+            return not (isinstance(node, FileNode) and node.protection.in_use)
+        return node is None or name not in _OF_THE_NODE
 
     def close(self) -> None:
-        """End the readers that wait."""
+        """End the threads that wait."""
         self._waiting.shutdown()
 
     def _init(self, _userdata: Any, connection: Any) -> None:
-        connection.contents.max_readahead = _MAX_READ
+        connection.contents.max_readahead = READ_AHEAD
+        connection.contents.max_background = _MAX_BACKGROUND
+        connection.contents.congestion_threshold = _MAX_BACKGROUND * 3 // 4
+        self._waiting.submit(int)  # begins a thread, while there is memory for one
         self._on_ready()
 
     def _lookup(self, request: int, parent: int, name: bytes) -> None:
-        directory = self._directory(parent)
+        directory = self._nodes.directory(parent)
         if len(name) > _MAX_NAME:
             raise OSError(errno.ENAMETOOLONG, "name too long")  # the kernel itself lets 1024 bytes of FUSE's through
         try:
@@ -105,35 +125,31 @@ class Adapter:
         timeout = _LASTING_SECONDS if directory.lasting else _FLEETING_SECONDS
         answer = libfuse.EntryParam(entry_timeout=timeout)
         if node is not None:
-            number = self._remember(node)
+            number = self._nodes.remember(node, parent, os.fsdecode(name))
             lifetime = _LASTING_SECONDS if node.lasting else _FLEETING_SECONDS
             answer.ino, answer.attr_timeout = number, lifetime
             self._fill(answer.attr, number, node)
         libfuse.reply_entry(request, ctypes.byref(answer))
 
     def _forget(self, request: int, number: int, count: int) -> None:
-        known = self._known.get(number)
-        if known is not None and number != libfuse.ROOT_NODE:
-            known.lookups -= count
-            if known.lookups <= 0:
-                del self._known[number]
+        self._nodes.forget(number, count)
         libfuse.reply_none(request)
 
     def _getattr(self, request: int, number: int, _info: Any) -> None:
-        node = self._node(number)
+        node = self._nodes.node(number)
         attributes = libfuse.Stat()
         self._fill(attributes, number, node)
         lifetime = _LASTING_SECONDS if node.lasting else _FLEETING_SECONDS
         libfuse.reply_attr(request, ctypes.byref(attributes), lifetime)
 
     def _readlink(self, request: int, number: int) -> None:
-        node = self._node(number)
+        node = self._nodes.node(number)
         if not isinstance(node, LinkNode):
             raise OSError(errno.EINVAL, "not a symlink")
         libfuse.reply_readlink(request, os.fsencode(node.target))
 
     def _open(self, request: int, number: int, info: Any) -> None:
-        node = self._node(number)
+        node = self._nodes.node(number)
         if not isinstance(node, FileNode):
             raise OSError(errno.EISDIR, "not a file")
         if info.contents.flags & (os.O_ACCMODE | os.O_TRUNC) != os.O_RDONLY:
@@ -144,19 +160,19 @@ class Adapter:
         if not node.protection.acquire():
             # The name now means another model; ESTALE makes the kernel look it up again.
             raise OSError(errno.ESTALE, "the model was replaced")
-        info.contents.fh = self._new_handle(node)
+        info.contents.fh = self._new_handle((node, self._nodes.open(number, node)))
         info.contents.keep_cache = 1
         if libfuse.reply_open(request, info) == -errno.ENOENT:
             self._close_file(info.contents.fh)  # the open was interrupted, no release will follow
 
     def _read(self, request: int, _number: int, size: int, offset: int, info: Any) -> None:
-        node: FileNode = self._handles[info.contents.fh]
+        node: FileNode = self._handles[info.contents.fh][0]
         buffer = self._buffer(size)
         count = self._reader.read_cached(node.content, offset, _view(buffer, size))
         if count is not None:
             libfuse.reply_buf(request, buffer, count)
         else:
-            self._waiting.submit(_answering(self._read_waiting), request, node, size, offset)
+            self._hand_over(_answering(self._read_waiting), request, node, size, offset)
 
     def _read_waiting(self, request: int, node: FileNode, size: int, offset: int) -> None:
         buffer = self._buffer(size)
@@ -168,7 +184,7 @@ class Adapter:
         libfuse.reply_err(request, 0)
 
     def _opendir(self, request: int, number: int, info: Any) -> None:
-        directory = self._directory(number)
+        directory = self._nodes.directory(number)
         here = Entry(".", stat.S_IFDIR, directory.key)
         above = Entry("..", stat.S_IFDIR, "/")
         info.contents.fh = self._new_handle([here, above, *directory.entries()])
@@ -181,7 +197,7 @@ class Adapter:
         used = 0
         for position in range(offset, len(entries)):
             entry = entries[position]
-            attributes = libfuse.Stat(st_ino=_inode(entry.key), st_mode=entry.kind)
+            attributes = libfuse.Stat(st_ino=number_of(entry.key), st_mode=entry.kind)
             place = ctypes.byref(buffer, used)
             name = os.fsencode(entry.name)
             length = libfuse.add_direntry(request, place, size - used, name, ctypes.byref(attributes), position + 1)
@@ -211,35 +227,14 @@ class Adapter:
         libfuse.reply_statfs(request, ctypes.byref(answer))
 
     def _getxattr(self, request: int, number: int, name: bytes, size: int) -> None:
-        value = self._node(number).xattrs.get(os.fsdecode(name))
+        value = self._nodes.node(number).xattrs.get(os.fsdecode(name))
         if value is None:
             raise OSError(errno.ENODATA, "no such attribute")
         _reply_sized(request, os.fsencode(value), size)
 
     def _listxattr(self, request: int, number: int, size: int) -> None:
-        names = (os.fsencode(name) + b"\0" for name in self._node(number).xattrs)
+        names = (os.fsencode(name) + b"\0" for name in self._nodes.node(number).xattrs)
         _reply_sized(request, b"".join(names), size)
-
-    def _node(self, number: int) -> Node:
-        known = self._known.get(number)
-        if known is None:
-            raise OSError(errno.ESTALE, "forgotten node")
-        return known.node
-
-    def _directory(self, number: int) -> Directory:
-        node = self._node(number)
-        if not hasattr(node, "entries"):
-            raise OSError(errno.ENOTDIR, "not a directory")
-        return node  # type: ignore[return-value]
-
-    def _remember(self, node: Node) -> int:
-        """The node's number, counting one more lookup. Nodes of equal keys have equal numbers."""
-        number = _inode(node.key)
-        known = self._known.setdefault(number, _Known(node, 0))
-        if known.node.key != node.key:
-            raise OSError(errno.EIO, f"{node.key} and {known.node.key} have one inode number")
-        known.lookups += 1
-        return number
 
     def _fill(self, attributes: Any, number: int, node: Node) -> None:
         attributes.st_ino = number
@@ -266,7 +261,8 @@ class Adapter:
             return self._last_handle
 
     def _close_file(self, handle: int) -> None:
-        node: FileNode = self._handles.pop(handle)
+        node, known = self._handles.pop(handle)
+        self._nodes.close(known)
         if node.protection.release():
             self._reader.forget(node.protection.blobs())
 
@@ -296,11 +292,11 @@ def _view(buffer: Any, size: int) -> memoryview:
     return memoryview(buffer).cast("B")[:size]
 
 
-def _inode(key: str) -> int:
-    """The number of a node, the same in every mount; 0 and 1 mean other things to FUSE."""
-    if key == "/":
-        return libfuse.ROOT_NODE
-    return (xxhash.xxh3_64_intdigest(os.fsencode(key)) >> 1) | 2
+def _owned(argument: Any) -> Any:
+    """The argument of a callback, good after its return."""
+    if not isinstance(argument, libfuse.FileInfoPointer):
+        return argument
+    return ctypes.pointer(libfuse.FileInfo.from_buffer_copy(argument.contents)) if argument else None
 
 
 def _answering(method: Callable[..., None]) -> Callable[..., None]:

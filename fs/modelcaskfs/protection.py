@@ -34,6 +34,11 @@ class Protection:
         self._users = 0
 
     @property
+    def users(self) -> int:
+        """How many have acquired it and not released it."""
+        return self._users
+
+    @property
     def in_use(self) -> bool:
         """Whether somebody has acquired it."""
         return self._users > 0

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from modelcask.blobs import BlobStore
 from modelcask.digest import Digest
-from modelcaskfs.blob_reader import BlobReader
+from modelcaskfs.blob_reader import BlobReader, memory_is_short
 from modelcaskfs.dequantizer import Dequantizer
 from modelcaskfs.spans import DequantizedTensor, SpanFile
 
@@ -14,8 +14,15 @@ from modelcaskfs.spans import DequantizedTensor, SpanFile
 class SpanReader:
     """Reads `SpanFile`s. Threads may share it."""
 
-    def __init__(self, blobs: BlobStore, *, max_open: int, verify: bool = False) -> None:
-        self._blobs = BlobReader(blobs, max_open=max_open, verify=verify)
+    def __init__(
+        self,
+        blobs: BlobStore,
+        *,
+        max_open: int,
+        verify: bool = False,
+        memory_is_short: Callable[[], bool] = memory_is_short,
+    ) -> None:
+        self._blobs = BlobReader(blobs, max_open=max_open, verify=verify, memory_is_short=memory_is_short)
         self._dequantizer = Dequantizer(self._blobs)
 
     def read_cached(self, file: SpanFile, offset: int, target: memoryview) -> int | None:
@@ -44,7 +51,9 @@ class SpanReader:
             elif isinstance(piece.source, DequantizedTensor):
                 if not self._dequantizer.read(piece.source, piece.skip, part, wait=wait):
                     return None
-            elif not self._blobs.read(piece.source, piece.skip, part, wait=wait):
+            elif self._blobs.read(piece.source, piece.skip, part, wait=wait):
+                self._blobs.let_go(piece.source, piece.skip, piece.length)
+            else:
                 return None
             done += piece.length
         return done

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import stat
+import threading
 from collections import OrderedDict
 from collections.abc import Iterator
 
@@ -25,7 +26,7 @@ from modelcaskfs.nodes import NO_XATTRS, Directory, Entry, LinkNode, Node, model
 
 
 class Tree:
-    """The whole tree of a store.
+    """The whole tree of a store. Threads may share it.
 
     Args:
         self_contained: whether the tree holds the blobs itself, instead of a link to the store's.
@@ -37,6 +38,7 @@ class Tree:
         self.self_contained = self_contained
         self._models: OrderedDict[tuple[ModelName, tuple[int, int, int]], ModelFolder] = OrderedDict()
         self._cached_models = cached_models
+        self._lock = threading.Lock()
         self._quantized: dict[tuple[str, ...], tuple[tuple[int, int, int], bool]] = {}
         self.root = _Root(self)
 
@@ -71,15 +73,15 @@ class Tree:
         if stat_now is None:
             raise ModelNotFound(str(name), self._store.root)
         key = (name, version_of(stat_now))
-        folder = self._models.get(key)
-        if folder is None:
-            stored = self._store.manifests.read_path(self._store.root / "manifests" / name.path)
-            folder = ModelFolder(stored, self._store.blobs, self._store.leases)
-            self._models[key] = folder
+        with self._lock:
+            if key in self._models:
+                self._models.move_to_end(key)
+                return self._models[key]
+        stored = self._store.manifests.read_path(self._store.root / "manifests" / name.path)
+        with self._lock:  # of threads that read it at once, the first one's stays
+            folder = self._models.setdefault(key, ModelFolder(stored, self._store.blobs, self._store.leases))
             if len(self._models) > self._cached_models:
                 self._models.popitem(last=False)
-        else:
-            self._models.move_to_end(key)
         return folder
 
 
@@ -88,6 +90,7 @@ class _Root:
 
     key = "/"
     lasting = False
+    may_wait = False
     xattrs = NO_XATTRS
 
     def __init__(self, tree: Tree) -> None:
@@ -128,6 +131,10 @@ class _Names:
         self._convention = convention
         self._parts = parts
         self.key = "/" + "/".join((convention.name, *parts))
+
+    @property
+    def may_wait(self) -> bool:
+        return len(self._parts) >= 2  # the names may be tags, whose manifests are read
 
     @property
     def mtime_ns(self) -> int:

@@ -1,3 +1,4 @@
+import math
 import os
 import struct
 from pathlib import Path
@@ -6,7 +7,14 @@ import pytest
 
 from folders import raw_shard, shard_bytes, tensor
 from modelcask.errors import InvalidSafetensors
-from modelcask.safetensors_layout import DTYPE_BITS, ShardLayout, blob_header, read_layout
+from modelcask.safetensors_layout import (
+    DTYPE_BITS,
+    ShardLayout,
+    TensorEntry,
+    blob_header,
+    encode_header,
+    read_layout,
+)
 
 
 def read(path: Path, data: bytes) -> ShardLayout:
@@ -112,6 +120,14 @@ def test_a_blob_header_is_padded_to_a_multiple_of_eight() -> None:
     assert header == struct.pack("<Q", len(header) - 8) + text.ljust(len(header) - 8)
     assert len(header) % 8 == 0
     assert len(header) - 8 - len(text) < 8
+
+
+@pytest.mark.parametrize("name", ["", "a.b/c d-1", "é", 'say "x"', "w<1>&", "\\", "tab\t", "\u2028", "line\n"])
+def test_a_blob_header_is_the_encoded_header_of_its_one_tensor(name: str) -> None:
+    for shape in ((), (0,), (3, 4)):
+        size = math.prod(shape) * 4
+        entry = TensorEntry(name, "F32", shape, 0, size)
+        assert blob_header(name, "F32", shape, size) == encode_header([entry])
 
 
 def read_layout_of(path: Path) -> ShardLayout:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from pathlib import Path, PurePosixPath
 
 import pytest
@@ -165,3 +167,18 @@ def test_a_blob_of_another_size_is_not_read(store: Store, tmp_path: Path) -> Non
     assert node is not None
     with pytest.raises(CorruptBlob, match="bytes long, not"):
         content(store, node)
+
+
+def test_a_model_that_nobody_has_any_more_is_let_go_of_at_once(store: Store, tmp_path: Path) -> None:
+    """A mount seldom looks for cycles."""
+    (first,), (second,) = (import_folder(store, write_model(tmp_path / name)) for name in ("a", "b"))
+    tree = Tree(store, cached_models=1)
+    gc.disable()
+    try:
+        walk(find(tree, "diffusers/library/a/latest"))  # type: ignore[arg-type]
+        model = weakref.ref(tree.model(first.name))
+        assert model() is not None
+        tree.model(second.name)
+        assert model() is None
+    finally:
+        gc.enable()
