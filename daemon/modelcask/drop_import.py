@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from pathlib import Path
 
 from modelcask import importer, settle
 from modelcask.digest import Digest
@@ -18,6 +19,7 @@ from modelcask.errors import (
     InvalidName,
     InvalidSafetensors,
     ModelcaskError,
+    ModelNotFound,
     SourceChanged,
     disk_error,
     memory_error,
@@ -33,6 +35,22 @@ from modelcask.store import Store
 log = logging.getLogger("modelcask")
 
 Save = Callable[[Drop], None]
+
+
+@dataclass(eq=False)
+class NameTaken(ModelcaskError):
+    """A drop whose model would take the place of another folder's."""
+
+    path: Path
+    name: str
+    other: str
+
+    def message(self) -> str:
+        return (
+            f"{self.path}: {self.name} is another model already, imported from {self.other}; rename the folder, or "
+            f"remove that model (`modelcask rm {self.name}`) and touch the folder"
+        )
+
 
 # Progress is written to the index this often.
 _PROGRESS = 0.5
@@ -65,7 +83,7 @@ def import_drop(
 
     def run() -> Drop:
         log.info("%s: importing %s", found.name, printable(str(found.path)), extra={"model": found.name})
-        results = importer.run_import(store, plan, report=work.report, stop=stop)
+        results = importer.run_import(store, plan, report=work.report, stop=stop, approve=work.approve)
         for result in results:
             log.info(
                 "%s: imported, %d bytes new, %d shared, in %.1f s",
@@ -75,8 +93,7 @@ def import_drop(
                 result.seconds,
                 extra={"model": str(result.name), "new_bytes": result.new_bytes, "seconds": round(result.seconds, 3)},
             )
-        directory = found.directory
-        if directory.after == "delete" and (plan.quantize is None or directory.delete_quantized):
+        if found.is_removed_after:
             store.index.begin_removal(found.path, {str(result.name): result.manifest for result in results})
             return work.remove(fingerprint)
         return work.row(fingerprint, "imported")
@@ -87,8 +104,16 @@ def import_drop(
 def finish_removal(store: Store, found: Found, *, save: Save, stop: threading.Event) -> ImportOutcome:
     """Go on removing an imported drop where the last watcher was interrupted. Arguments as of `import_drop`."""
     work = _Work(store, found, save, stop)
-    fingerprint = settle.fingerprint(found.path, beneath=found.beneath)
-    return work.outcome(lambda: work.remove(fingerprint), fingerprint)
+
+    def run() -> Drop:
+        if not found.is_removed_after:  # the configuration has changed since
+            store.index.end_removal(found.path)
+            return work.row("", "settling")
+        row = work.remove("")
+        # What was not removed may be another version by now: it is looked at as if it had just come.
+        return work.row("", "settling") if row.error else row
+
+    return work.outcome(run, "")
 
 
 class _Work:
@@ -136,7 +161,7 @@ class _Work:
         except (SourceChanged, CorruptBlob) as error:
             # It changed while it was read, or a blob it counts on was quarantined: start over.
             return ImportOutcome(self.row("", "settling", str(error)))
-        except (InvalidModelFolder, InvalidSafetensors, InvalidName) as error:
+        except (InvalidModelFolder, InvalidSafetensors, InvalidName, NameTaken) as error:
             return ImportOutcome(self.row(fingerprint, "failed", str(error)))
         except ModelcaskError as error:
             return ImportOutcome(self.row("", "failed", str(error)), passing_fault=True)
@@ -152,15 +177,21 @@ class _Work:
     def remove(self, fingerprint: str) -> Drop:
         """Remove the drop, as far as the store holds it. The last row of what stays."""
         path = self._found.path
-        manifests = self._store.index.removals()[path]
+        manifests, begun = self._store.index.removal(path)
         try:
             models = [self._stored(name, manifest) for name, manifest in manifests.items()]
             stays = remove_drop(
-                self._store, path, models, beneath=self._found.beneath, report=self.report, stop=self._stop
+                self._store,
+                path,
+                models,
+                beneath=self._found.beneath,
+                before=begun,
+                report=self.report,
+                stop=self._stop,
             )
         except Interrupted:
             raise
-        except SourceChanged:
+        except (SourceChanged, CorruptBlob):
             self._store.index.end_removal(path)
             raise
         except ModelcaskError as error:
@@ -173,6 +204,21 @@ class _Work:
         stayed = f", {_few(stays)} stayed" if stays else ""
         log.info("%s: removed the drop%s", self._found.name, stayed, extra={"model": self._found.name})
         return self.row(self._fingerprint(), "imported")
+
+    def approve(self, name: ModelName, manifest: Digest) -> None:
+        """Refuse to replace a model that came from another folder, if the store may hold its only copy.
+
+        Raises NameTaken.
+        """
+        last = self._store.index.last_import(str(name))
+        if last is None or last[0] == manifest or last[1] == printable(str(self._found.path)):
+            return
+        try:
+            there = self._store.manifests.read(name).digest == last[0]
+        except ModelNotFound:
+            return
+        if there and (self._found.is_removed_after or not Path(last[1]).exists()):
+            raise NameTaken(self._found.path, str(name), last[1])
 
     def _fingerprint(self) -> str:
         return settle.fingerprint(self._found.path, beneath=self._found.beneath)

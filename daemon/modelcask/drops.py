@@ -30,6 +30,12 @@ class Found:
     beneath: Path
 
     @property
+    def is_removed_after(self) -> bool:
+        """Whether it is to be removed when it was imported."""
+        directory = self.directory
+        return directory.after == "delete" and (directory.quantize is None or directory.delete_quantized)
+
+    @property
     def name(self) -> str:
         """The model's name in full; the folder's own where that can be none."""
         try:

@@ -73,12 +73,20 @@ class ImportResult:
     seconds: float
 
 
-def run_import(store: Store, plan: ImportPlan, *, report: Report, stop: threading.Event) -> list[ImportResult]:
+def run_import(
+    store: Store,
+    plan: ImportPlan,
+    *,
+    report: Report,
+    stop: threading.Event,
+    approve: Callable[[ModelName, Digest], None] = lambda _name, _manifest: None,
+) -> list[ImportResult]:
     """Import all of `plan`'s models; the manifests are durable when it returns.
 
     Args:
         report: called with the source's bytes done and in total, from any thread, often.
         stop: when set, the import ends soon with `Interrupted`.
+        approve: asked before any manifest is written, for each; its error ends the import.
 
     Raises:
         SourceChanged: the folder changed meanwhile.
@@ -97,6 +105,8 @@ def run_import(store: Store, plan: ImportPlan, *, report: Report, stop: threadin
         for _, manifest in manifests:
             ingestion.commit(manifest.blobs())
         source.check_unchanged(plan.folder)
+        for model, manifest in manifests:
+            approve(store.manifests.stored_name(model.name), Digest.of(manifest.encode()))
         results = []
         new = frozenset(work.ranges.new)
         for model, manifest in manifests:

@@ -60,6 +60,7 @@ CREATE TABLE IF NOT EXISTS removals (
     path TEXT NOT NULL,                 -- absolute, of the drop
     name TEXT NOT NULL,                 -- the model's name in full
     manifest TEXT NOT NULL,             -- sha256:<hex>; of another manifest nothing is believed
+    begun REAL NOT NULL,                -- seconds since the epoch; what came later is no part of it
     PRIMARY KEY (path, name)
 ) WITHOUT ROWID;
 -- One row a manifest that was committed, for people to look back at.
@@ -257,19 +258,31 @@ class Index:
                 " WHERE state = 'importing'"
             )
 
-    def removals(self) -> dict[Path, dict[str, Digest]]:
-        """The drops that are being removed, each with the manifests, by name, that hold what it was."""
+    def removals(self) -> list[Path]:
+        """The drops that are being removed."""
         with self._using():
-            removals: dict[Path, dict[str, Digest]] = {}
-            for path, name, manifest in self._db.execute("SELECT path, name, manifest FROM removals"):
-                removals.setdefault(Path(path), {})[name] = Digest.parse(manifest)
-            return removals
+            return [Path(path) for (path,) in self._db.execute("SELECT DISTINCT path FROM removals")]
+
+    def removal(self, path: Path) -> tuple[dict[str, Digest], float]:
+        """The manifests, by name, that hold what the drop was, and when its removal was begun; none if it was not."""
+        query = "SELECT name, manifest, begun FROM removals WHERE path = ?"
+        with self._using():
+            rows = self._db.execute(query, (str(path),)).fetchall()
+            manifests = {name: Digest.parse(manifest) for name, manifest, _ in rows}
+            return manifests, min((float(begun) for _, _, begun in rows), default=0.0)
+
+    def last_import(self, name: str) -> tuple[Digest, str] | None:
+        """The manifest that was imported last under this name, and the folder it came from."""
+        query = "SELECT manifest, source FROM imports WHERE name = ? ORDER BY id DESC LIMIT 1"
+        with self._using():
+            row = self._db.execute(query, (name,)).fetchone()
+            return (Digest.parse(row[0]), str(row[1])) if row else None
 
     def begin_removal(self, path: Path, manifests: Mapping[str, Digest]) -> None:
         with self._transaction() as db:
             db.executemany(
-                "INSERT OR REPLACE INTO removals VALUES (?, ?, ?)",
-                [(str(path), name, str(manifest)) for name, manifest in manifests.items()],
+                "INSERT OR REPLACE INTO removals VALUES (?, ?, ?, ?)",
+                [(str(path), name, str(manifest), time.time()) for name, manifest in manifests.items()],
             )
 
     def end_removal(self, path: Path) -> None:

@@ -213,7 +213,9 @@ class ManifestStore:
             unchanged = False
         if not unchanged:
             self._write(path, data, temporary)
-        elif renew:
+        else:
+            durable.sync_directory(path.parent)  # whoever wrote it may not have come to that
+        if unchanged and renew:
             self._renew(path)
         return Digest.of(data)
 

@@ -19,7 +19,8 @@ from pathlib import Path, PurePosixPath
 
 from modelcask import source
 from modelcask.digest import Digest
-from modelcask.errors import Interrupted, ModelcaskError, SourceChanged
+from modelcask.errors import Interrupted, ModelcaskError, ModelNotFound, SourceChanged
+from modelcask.leases import Lease
 from modelcask.manifests import FILE_TYPE, HEADER_TYPE, JSON_TYPE, MODEL_INDEX, TENSOR_TYPE, Layer, StoredManifest
 from modelcask.quantize import QUANT_TYPES, QuantType, stored_layout
 from modelcask.safetensors_layout import TensorEntry, parse_header
@@ -57,16 +58,18 @@ def remove_drop(
     models: Sequence[StoredManifest],
     *,
     beneath: Path,
+    before: float,
     report: Callable[[int, int], None],
     stop: threading.Event,
 ) -> list[PurePosixPath]:
     """Remove from `root` what `models`, imported from it, hold byte for byte.
 
-    All files are compared before the first is removed. Quantized tensors cannot be compared with what they were: of
-    them the blobs' digests are checked.
+    All files are compared before the first is removed, and a lease keeps what they are compared with. Quantized tensors
+    cannot be compared with what they were: of them the blobs' digests are checked.
 
     Args:
         beneath: the drop directory, see `source.look`.
+        before: seconds since the epoch; files that came or were changed later stay.
         report: called with the bytes compared and in total, often.
         stop: when set, the comparing ends with `Interrupted`.
 
@@ -81,15 +84,30 @@ def remove_drop(
     """
     folder = source.look(root, beneath=beneath)
     contents = {path: (model, layer) for model in models for path, layer in _files(model).items()}
-    removable = [file for file in folder.files if file.path in contents]
-    comparison = _Comparison(store, stop, report, sum(file.size for file in removable))
-    for file in removable:
-        model, layer = contents[file.path]
-        comparison.compare(file, comparison.pieces(model, layer))
-    for file in removable:
-        _remove(root, file)
-    _remove_empty_folders(root)
-    return [file.path for file in folder.files if file.path not in contents]
+    removable = [file for file in folder.files if file.path in contents and file.changed_ns <= before * 1e9]
+    # Whoever looks at the drop meanwhile, or after an interruption, still knows it for one.
+    removable.sort(key=lambda file: file.path.name == MODEL_INDEX)
+    with Lease(store.leases, "removal", {digest for model in models for digest in model.manifest.blobs()}):
+        _check_current(store, root, models)
+        comparison = _Comparison(store, stop, report, sum(file.size for file in removable))
+        for file in removable:
+            model, layer = contents[file.path]
+            comparison.compare(file, comparison.pieces(model, layer))
+        source.check_unchanged(folder)
+        _check_current(store, root, models)
+        removed = _remove(root, removable, beneath)
+    return [file.path for file in folder.files if file.path not in removed]
+
+
+def _check_current(store: Store, root: Path, models: Sequence[StoredManifest]) -> None:
+    """Raise NotRemoved if a model was removed or replaced since it was read: the drop may be the only copy then."""
+    for model in models:
+        try:
+            current = store.manifests.read(model.name).digest
+        except ModelNotFound:
+            current = None
+        if current != model.digest:
+            raise NotRemoved(root, f"{model.name} was replaced or removed meanwhile")
 
 
 class _Comparison:
@@ -137,16 +155,22 @@ class _Comparison:
                 if self._stop.is_set():
                     raise Interrupted(str(file.host))
                 length = min(_CHUNK, piece.length - begin)
-                if os.pread(fd, length, offset + begin) != os.pread(blob, length, piece.offset + begin):
+                ours = os.pread(blob, length, piece.offset + begin)
+                if len(ours) != length or os.pread(fd, length, offset + begin) != ours:
                     raise NotRemoved(file.host, f"{self._store.blobs.path(digest)} differs from it; {_ADVICE}")
                 self._advance(length)
         finally:
             os.close(blob)
 
     def _check_digest(self, file: SourceFile, blob: int, digest: Digest) -> None:
-        with open(blob, "rb", closefd=False) as content:
-            if hashlib.file_digest(content, "sha256").hexdigest() != digest.hex:
-                raise NotRemoved(file.host, f"{self._store.blobs.path(digest)} is corrupt; {_ADVICE}")
+        sha, position = hashlib.sha256(), 0
+        while data := os.pread(blob, _CHUNK, position):
+            if self._stop.is_set():
+                raise Interrupted(str(file.host))
+            sha.update(data)
+            position += len(data)
+        if sha.hexdigest() != digest.hex:
+            raise NotRemoved(file.host, f"{self._store.blobs.path(digest)} is corrupt; {_ADVICE}")
 
     def _advance(self, count: int) -> None:
         self._done += count
@@ -187,22 +211,47 @@ def _offset(component: str, entry: TensorEntry, layer: Layer, qtype: QuantType |
     return len(layout) if isinstance(layout, bytes) else None
 
 
-def _remove(root: Path, file: SourceFile) -> None:
-    """Remove `file` if it still is what was compared. A folder that became a symlink is not followed."""
+def _remove(root: Path, files: Sequence[SourceFile], beneath: Path) -> set[PurePosixPath]:
+    """Remove `files`, and the folders that this leaves empty. A folder that became a symlink is not followed.
+
+    Returns:
+        What was removed, or was gone already.
+    """
+    removed = set()
+    top = source.open_root(root, beneath)
     try:
-        with _opened_folder(root, file.path.parent.parts) as folder:
-            status = os.stat(file.path.name, dir_fd=folder, follow_symlinks=False)
-            # A symlink within the folder holds nothing; what it leads to is a file of its own.
-            if not stat.S_ISLNK(status.st_mode) and source.identity_of(status) != file.identity:
-                raise SourceChanged(file.host)
-            os.unlink(file.path.name, dir_fd=folder)
-    except (FileNotFoundError, NotADirectoryError):
-        pass  # gone already, or reached through a symlink: it stays
+        for file in files:
+            try:
+                with _opened_folder(top, file.path.parent.parts) as folder:
+                    status = os.stat(file.path.name, dir_fd=folder, follow_symlinks=False)
+                    # A symlink within the folder holds nothing; what it leads to is a file of its own. The ctime of a
+                    # hard link is another as soon as the first of them is removed.
+                    if not stat.S_ISLNK(status.st_mode) and source.identity_of(status)[:4] != file.identity[:4]:
+                        raise SourceChanged(file.host)
+                    os.unlink(file.path.name, dir_fd=folder)
+            except FileNotFoundError:
+                pass  # gone already
+            except NotADirectoryError:
+                continue  # reached through a symlink: it stays
+            removed.add(file.path)
+        # Only those that were emptied here: a `.git` has empty folders of its own, and needs them.
+        emptied = {parent for path in removed for parent in path.parents if parent.parts}
+        for path in sorted(emptied, key=lambda path: len(path.parts), reverse=True):
+            with suppress(OSError), _opened_folder(top, path.parent.parts) as folder:
+                os.rmdir(path.name, dir_fd=folder)
+    finally:
+        os.close(top)
+    for above in (root, *root.parents):
+        if above == beneath or above.name in QUANT_TYPES:
+            break
+        with suppress(OSError):  # not empty
+            above.rmdir()
+    return removed
 
 
 @contextmanager
-def _opened_folder(root: Path, parts: Sequence[str]) -> Iterator[int]:
-    folder = os.open(root, _FOLDER_FLAGS)
+def _opened_folder(top: int, parts: Sequence[str]) -> Iterator[int]:
+    folder = os.dup(top)
     try:
         for part in parts:
             below = os.open(part, _FOLDER_FLAGS, dir_fd=folder)
@@ -211,12 +260,3 @@ def _opened_folder(root: Path, parts: Sequence[str]) -> Iterator[int]:
         yield folder
     finally:
         os.close(folder)
-
-
-def _remove_empty_folders(root: Path) -> None:
-    for _path, below, _files, folder in os.fwalk(root, topdown=False, follow_symlinks=False):
-        for name in below:
-            with suppress(OSError):  # not empty, or a symlink
-                os.rmdir(name, dir_fd=folder)
-    with suppress(OSError):
-        root.rmdir()

@@ -62,6 +62,7 @@ class _Tracked:
         progressed: when the fingerprint last changed.
         failures, retry: how often in a row its import failed by no fault of its own, and when to try again.
         job: its import, queued or under way.
+        names: of the models that it becomes, as they are compared.
     """
 
     found: Found
@@ -73,6 +74,7 @@ class _Tracked:
     failures: int = 0
     retry: float = 0.0
     job: Future[ImportOutcome] | None = None
+    names: frozenset[str] = frozenset()
 
 
 class Service:
@@ -103,6 +105,7 @@ class Service:
         self._remembered: dict[Path, Drop] = {}
         self._removals: set[Path] = set()
         self._unavailable: dict[Path, str] = {}
+        self._old_pools: list[ThreadPoolExecutor] = []
         self._all_due = 0.0
         self._last_status = ""
 
@@ -130,7 +133,8 @@ class Service:
             finally:
                 self._notifier.stopping("stopping")
                 self._watcher.close()
-                self._pool.shutdown(wait=True, cancel_futures=True)
+                for pool in (*self._old_pools, self._pool):
+                    pool.shutdown(wait=True, cancel_futures=True)
 
     def _work(self) -> None:
         while not self._stop.is_set():
@@ -176,16 +180,17 @@ class Service:
                 return
             if drop.job is None and (everything or drop.due <= time.monotonic()) and not self._is_away(drop.found.path):
                 self._look_at(drop)
+                self._notifier.alive()  # of a thousand complete drops, each look reads headers and JSON
 
     def _watch_directories(self) -> None:
         """Follow the drop directories; make those that are missing and can be made, tell of the others."""
         for directory in self._config.drops:
             # Only the last part: a missing parent may be a mount that has not come yet.
-            if not directory.path.exists() and directory.path.parent.is_dir():
-                try:
+            try:
+                if not directory.path.exists() and directory.path.parent.is_dir():
                     directory.path.mkdir()
-                except OSError as error:
-                    log.debug("%s", disk_error(error))  # `refresh` tells that it is missing
+            except OSError as error:
+                log.debug("%s", disk_error(error))  # `refresh` tells why it cannot be watched
         unavailable = self._watcher.refresh({drop.path: drop.polling for drop in self._config.drops})
         for path in self._unavailable.keys() - unavailable.keys():
             log.info("%s: is there now", printable(str(path)))
@@ -208,15 +213,19 @@ class Service:
         for path, found in found_now.items():
             drop = self._drops.get(path)
             if drop is None:
-                self._drops[path] = _Tracked(found, self._remembered.pop(path, None))
-            elif drop.found != found and drop.job is None:
-                self._drops[path] = _Tracked(found, None)  # of another type or namespace now
+                row = self._remembered.pop(path, None)
+                self._drops[path] = _Tracked(found, row if row is not None and row.name == found.name else None)
+            elif drop.job is None and drop.found != found:
+                if drop.found.name != found.name:
+                    self._drops[path] = _Tracked(found, None)  # of another type or namespace now
+                drop.found = found
         gone = (self._drops.keys() | self._remembered.keys()) - found_now.keys()
         for path in gone:
             held = path in self._drops and self._drops[path].job is not None
             if not held and not self._is_away(path):
                 self._drops.pop(path, None)
                 self._remembered.pop(path, None)
+                self._removals.discard(path)
                 self._forget(path)
 
     def _is_away(self, path: Path) -> bool:
@@ -233,7 +242,12 @@ class Service:
             return
         fingerprint = settle.fingerprint(path, beneath=drop.found.beneath)
         row = drop.row
-        if row is not None and row.fingerprint == fingerprint and row.state in ("imported", "unchanged", "failed"):
+        if (
+            row is not None
+            and row.fingerprint
+            and row.fingerprint == fingerprint
+            and row.state in ("imported", "unchanged", "failed")
+        ):
             drop.due = math.inf
             return
         moved = fingerprint != drop.fingerprint
@@ -262,6 +276,12 @@ class Service:
         drop.due = now + again
 
     def _queue(self, drop: _Tracked, plan: ImportPlan) -> None:
+        drop.names = frozenset(str(model.name).casefold() for model in plan.models)
+        if any(other.job is not None and other.names & drop.names for other in self._drops.values()):
+            # Of two drops of one name the second is refused, if the first is to be found when its turn comes.
+            self._tell(drop, "settling", error="complete, waits for another drop of the same name")
+            drop.due = time.monotonic() + _LOOK_NOW_AND_THEN
+            return
         ahead = sum(1 for other in self._drops.values() if other.job is not None)
         if ahead >= self._parallel:
             self._tell(drop, "settling", error="complete, waits for other imports to end")
@@ -281,7 +301,8 @@ class Service:
             assert drop.job is not None
             outcome = drop.job.result()
             drop.job, drop.row, drop.planned = None, outcome.row, -math.inf
-            drop.due = 0.0  # it may have changed since
+            # It may have changed since; what changes while it is read is not read again without a pause.
+            drop.due = 0.0 if outcome.row.state != "settling" else time.monotonic() + _LOOK_NOW_AND_THEN
             if outcome.passing_fault:
                 drop.retry = time.monotonic() + min(_TRY_AGAIN * 2**drop.failures, _TRY_AGAIN_AT_MOST)
                 drop.failures += 1
@@ -300,6 +321,7 @@ class Service:
             if getattr(config, key) != getattr(self._config, key):
                 log.warning("%s: takes effect at the next start", key)
         if config.parallel != self._config.parallel:
+            self._old_pools.append(self._pool)
             self._pool.shutdown(wait=False)  # what is queued there is still done
         previous, self._config = self._config, replace(config, store=self._config.store, mount=self._config.mount)
         if config.parallel != previous.parallel:

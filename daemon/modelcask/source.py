@@ -56,6 +56,11 @@ class SourceFile:
     def size(self) -> int:
         return self.identity[2]
 
+    @property
+    def changed_ns(self) -> int:
+        """When it came here, or was changed, in nanoseconds since the epoch."""
+        return self.identity[4]
+
 
 @dataclass(frozen=True, slots=True)
 class LeftOut:
@@ -102,7 +107,7 @@ def look(root: Path, *, beneath: Path | None = None) -> SourceFolder:
     files: list[SourceFile] = []
     left_out: list[LeftOut] = []
     with ExitStack() as stack:
-        fd = _open_root(root, beneath)
+        fd = open_root(root, beneath)
         stack.callback(os.close, fd)
         _look(fd, root, PurePosixPath(), _roots(fd, stack), files, left_out)
     files.sort(key=lambda file: file.path.parts)
@@ -178,7 +183,8 @@ def _check_unchanged(file: SourceFile, fd: int) -> None:
         raise SourceChanged(file.host)
 
 
-def _open_root(root: Path, beneath: Path | None) -> int:
+def open_root(root: Path, beneath: Path | None) -> int:
+    """A descriptor of the folder `root`, reached as `look` does. The caller closes it."""
     if beneath is None:
         return os.open(root, _FOLDER)
     fd = os.open(beneath, _FOLDER)

@@ -12,6 +12,7 @@ import logging
 import os
 import threading
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -132,7 +133,8 @@ class Watcher:
             for path in [path for path, followed in self._followed.items() if followed.on_events]:
                 self._turn_to_polling(path, _OVERFLOWS)
         elif grown:
-            self._check_limits()
+            with suppress(OSError):  # a directory that goes this very moment: the next round tells
+                self._check_limits()
         return failed
 
     def take(self) -> Changes:

@@ -243,6 +243,40 @@ def test_a_removal_that_was_interrupted_goes_on(
     wait_for(lambda: watching.states() == {})
 
 
+def test_a_drop_does_not_take_the_place_of_one_that_was_removed(
+    cask: CommandLine, configured: Callable[[str], Watching], tmp_path: Path
+) -> None:
+    watching = configured('after = "delete"')
+    first = write_model(tmp_path / "one")
+    expected = files_of(first)
+    write_model(tmp_path / "two", transformer="other").rename(watching.drops / "flux-1")
+    first.rename(watching.drops / "flux 1")  # both become library/flux-1
+    wait_for(lambda: sorted(watching.states().values()) == ["failed"])
+    assert "is another model already, imported from" in watching.error("library/flux-1:latest")
+    (kept,) = watching.drops.iterdir()
+    kept_files = files_of(kept)
+    stored = dropped_files(Store.open(cask.store), "library/flux-1:latest")
+    assert kept_files != stored
+    assert expected in (kept_files, stored)
+
+
+def test_a_removal_does_not_go_on_against_the_configuration(
+    cask: CommandLine, configured: Callable[[str], Watching], tmp_path: Path
+) -> None:
+    configured("").end()
+    folder = write_model(tmp_path / "m")
+    expected = files_of(folder)
+    (result,) = cask("import", folder, "--json").json
+    drop = Path(cask.environment["HOME"]) / "imports" / "m"
+    folder.rename(drop)
+    store = Store.open(cask.store)
+    store.index.begin_removal(drop, {result["name"]: Digest.parse(result["manifest"])})
+    store.index.close()
+    watching = configured("")
+    wait_for(lambda: watching.states() == {"library/m:latest": "imported"})
+    assert files_of(drop) == expected
+
+
 def test_the_configuration_is_read_again_and_a_faulty_one_refused(
     configured: Callable[[str], Watching], tmp_path: Path
 ) -> None:

@@ -8,7 +8,6 @@ import sys
 import threading
 import warnings
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -147,8 +146,7 @@ def up_command(config_path: Path | None, root: Path | None) -> None:
 
 
 def _configuration(path: Path | None, root: Path | None) -> Config:
-    effective = config.load(path)
-    return replace(effective, store=root) if root is not None else effective
+    return config.load(path, store=root.absolute() if root is not None else None)
 
 
 def _make_mountpoint(directory: Path) -> None:

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 _INTERVAL = 0.5
 # What is under way, or needs somebody, stands first.
-_ORDER = ("importing", "failed", "settling", "imported", "unchanged")
+_ORDER = {"importing": 0, "failed": 1, "settling": 2, "imported": 3, "unchanged": 4}
 # Without --all, of those that are done only so many are shown.
 _SHOWN_DONE = 20
 
@@ -56,7 +56,7 @@ class _State:
                 index.close()
         except IndexFailed as error:
             fault = str(error)  # the rest can be told all the same
-        drops.sort(key=lambda drop: _ORDER.index(drop.state))  # stable: what changed last stays first
+        drops.sort(key=lambda drop: _ORDER.get(drop.state, -1))  # stable: what changed last stays first
         return cls(sole_holder(store.leases), mounts_of(store.root), drops, fault)
 
     def as_json(self) -> dict[str, Any]:
