@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import shutil
 import weakref
 from pathlib import Path, PurePosixPath
 
@@ -108,6 +109,22 @@ def test_a_model_that_was_removed_before_it_is_opened_cannot_be_acquired(store: 
     store.manifests.remove(result.name)
     assert not node.protection.acquire()
     assert [path.name for path in store.leases.iterdir()] == ["gate"]
+
+
+def test_a_store_without_a_folder_of_leases_is_read_without_one(
+    store: Store, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = write_model(tmp_path / "m")
+    (result,) = import_folder(store, folder)
+    shutil.rmtree(store.leases)
+    node = find(Tree(store), "diffusers/library/m/latest/README.md")
+    assert isinstance(node, FileNode)
+    assert node.protection.acquire()
+    assert "read without a lease" in caplog.text
+    assert content(store, node) == (folder / "README.md").read_bytes()
+    node.protection.release()
+    store.manifests.remove(result.name)
+    assert not node.protection.acquire()
 
 
 def test_tensors_of_the_same_name_in_two_shards_keep_their_own_bytes(store: Store, tmp_path: Path) -> None:
