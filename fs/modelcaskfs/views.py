@@ -70,7 +70,7 @@ class Tree:
             ModelNotFound: there is none. InvalidManifest: it cannot be read.
         """
         stat_now = self._store.manifests.stat(*name.path.parts)
-        if stat_now is None:
+        if stat_now is None or not stat.S_ISREG(stat_now.st_mode):  # reading a FIFO would never end
             raise ModelNotFound(str(name), self._store.root)
         key = (name, version_of(stat_now))
         with self._lock:
