@@ -134,7 +134,8 @@ class _Names:
 
     @property
     def may_wait(self) -> bool:
-        return len(self._parts) >= 2  # the names may be tags, whose manifests are read
+        # The names may be tags, whose manifests are read; where quantized models alone are shown, those of all below.
+        return self._convention.quantized_only or len(self._parts) >= 2
 
     @property
     def mtime_ns(self) -> int:

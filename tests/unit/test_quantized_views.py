@@ -150,6 +150,14 @@ def test_a_model_that_is_not_quantized_is_not_listed_among_the_packed(store: Sto
     assert names(tree, "mlx") == []
 
 
+def test_levels_that_read_manifests_to_find_a_name_may_wait(store: Store, tmp_path: Path) -> None:
+    import_folder(store, write_model(tmp_path / "m"), quantize="int4", name="org/m:int4")
+    tree = Tree(store)
+    for view, levels in (("diffusers", [False, False, True]), ("mlx", [True] * 3), ("sdnq", [True] * 3)):
+        found = [find(tree, view + path) for path in ("", "/org", "/org/m")]
+        assert [node.may_wait for node in found] == levels  # type: ignore[union-attr]
+
+
 @pytest.mark.parametrize("qtype", TYPES)
 def test_ranged_reads_of_dequantized_files_equal_slices_for_sixteen_readers(
     store: Store, tmp_path: Path, qtype: str
