@@ -288,7 +288,7 @@ def _tree(model: ModelFolder) -> bytes:
 
 def _size(model: ModelFolder, leaf: Leaf) -> int:
     assert not isinstance(leaf, PurePosixPath)
-    return (model.content(leaf) if isinstance(leaf, Layer) else leaf.content()).size
+    return (model.content(leaf) if isinstance(leaf, Layer) else leaf.content(model)).size
 
 
 def _identity(model: ModelFolder, path: PurePosixPath, leaf: Leaf) -> str:

@@ -20,6 +20,7 @@ from modelcaskfs.nodes import FileNode, LinkNode
 from modelcaskfs.views import Tree
 from running import import_folder
 from trees import content, find, names, walk
+from upstream_models import keep_what_upstream_writes
 
 
 def test_the_diffusers_view_holds_the_dropped_files_byte_for_byte(store: Store, vector_model: Path) -> None:
@@ -186,13 +187,24 @@ def test_a_blob_of_another_size_is_not_read(store: Store, tmp_path: Path) -> Non
         content(store, node)
 
 
-def test_a_model_that_nobody_has_any_more_is_let_go_of_at_once(store: Store, tmp_path: Path) -> None:
+@pytest.mark.parametrize("view", ["diffusers", "tensors", "mlx", "sdnq"])
+@pytest.mark.parametrize("by_upstream", [False, True])
+def test_a_model_that_nobody_has_any_more_is_let_go_of_at_once(
+    store: Store, tmp_path: Path, view: str, by_upstream: bool
+) -> None:
     """A mount seldom looks for cycles."""
-    (first,), (second,) = (import_folder(store, write_model(tmp_path / name)) for name in ("a", "b"))
+    quantize = "int4" if view in ("mlx", "sdnq") else None
+    if by_upstream and quantize:
+        pytest.skip("upstream's models are in no view of packed ones")
+    (first,), (second,) = (
+        import_folder(store, write_model(tmp_path / name), quantize=quantize) for name in ("a", "b")
+    )
+    if by_upstream:
+        keep_what_upstream_writes(store, first.name)
     tree = Tree(store, cached_models=1)
     gc.disable()
     try:
-        walk(find(tree, "diffusers/library/a/latest"))  # type: ignore[arg-type]
+        walk(find(tree, f"{view}/{first.name.view_path}"))  # type: ignore[arg-type]
         model = weakref.ref(tree.model(first.name))
         assert model() is not None
         tree.model(second.name)
