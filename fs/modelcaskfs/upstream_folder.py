@@ -32,7 +32,7 @@ def leaves(model: ModelFolder) -> Iterator[tuple[PurePosixPath, Generated]]:
         yield PurePosixPath(MODEL_INDEX), _later(MODEL_INDEX, partial(_model_index, layer=index))
     fields = parsed(model, index) if index is not None else {}
     for component in manifest.components:
-        path = PurePosixPath(component, _shard_name(component, fields.get(component)))
+        path = model.checked(PurePosixPath(component, _shard_name(component, fields.get(component))))
         if path not in model.files:
             yield path, _later(str(path), partial(_shard, component=component))
 
@@ -43,7 +43,7 @@ def _later(path: str, build: Callable[[ModelFolder], SpanFile]) -> Generated:
 
 def _shard_name(component: str, named: Any) -> str:
     library = named[0] if isinstance(named, list) and named else None
-    if library not in _SHARD_NAMES:
+    if not isinstance(library, str) or library not in _SHARD_NAMES:
         library = "transformers" if component.startswith("text_encoder") else "diffusers"
     return _SHARD_NAMES[library]
 
