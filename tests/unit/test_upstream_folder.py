@@ -107,7 +107,10 @@ def test_a_component_that_is_no_name_in_a_folder_is_refused(store: Store, tmp_pa
     import_folder(store, write_model(tmp_path / "m"))
     keep_what_upstream_writes(store, NAME)
     manifest = store.manifests.read(NAME).manifest
-    layers = [replace(layer, name=layer.name.replace("vae/", "../")) for layer in manifest.layers]
+    layers = [
+        replace(layer, name=layer.name.replace("vae/", "../")) if layer.media_type == TENSOR_TYPE else layer
+        for layer in manifest.layers
+    ]
     store.manifests.write(NAME, Manifest(manifest.config, tuple(layers)), temporary=store.root / "tmp" / "x")
     with pytest.raises(InvalidManifest, match="no path in a folder"):
         find(Tree(store), "diffusers/library/m/latest")
