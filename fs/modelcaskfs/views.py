@@ -14,8 +14,8 @@ import threading
 from collections import OrderedDict
 from collections.abc import Iterator
 
-from modelcask.errors import ModelNotFound
-from modelcask.manifests import REPORT_TYPE, ManifestStore, version_of
+from modelcask.errors import InvalidManifest, ModelNotFound
+from modelcask.manifests import MODEL_INDEX, REPORT_TYPE, Manifest, ManifestStore, version_of
 from modelcask.names import DEFAULT_HOST, ModelName
 from modelcask.store import Store
 from modelcaskfs.blob_folder import BlobFolder
@@ -40,6 +40,7 @@ class Tree:
         self._cached_models = cached_models
         self._lock = threading.Lock()
         self._quantized: dict[tuple[str, ...], tuple[tuple[int, int, int], bool]] = {}
+        self._other_kinds: dict[tuple[str, ...], tuple[tuple[int, int, int], bool]] = {}
         self.root = _Root(self)
 
     @property
@@ -62,6 +63,24 @@ class Tree:
         if known is None or known[0] != version:
             known = self._quantized[parts] = (version, manifests.mentions(REPORT_TYPE, *parts))
         return known[1]
+
+    def holds_another_kind(self, parts: tuple[str, ...], version: tuple[int, int, int]) -> bool:
+        """Whether the manifest at `parts`, of this version, is sound and no image model's: a language model's, say.
+
+        Reads a manifest once as long as it does not change, and parses it only if its text names no index.
+        """
+        known = self._other_kinds.get(parts)
+        if known is None or known[0] != version:
+            known = self._other_kinds[parts] = (version, self._is_another_kind(parts))
+        return known[1]
+
+    def _is_another_kind(self, parts: tuple[str, ...]) -> bool:
+        path = self._store.root.joinpath("manifests", *parts)
+        try:
+            text = path.read_bytes()
+            return f'"{MODEL_INDEX}"'.encode() not in text and not Manifest.decode(text, path).is_image_model
+        except (OSError, InvalidManifest):
+            return False  # looking the model up will tell
 
     def model(self, name: ModelName) -> ModelFolder:
         """The folder of the model `name` as it is now.
@@ -159,6 +178,9 @@ class _Names:
             for name in self._manifests.children(*place):
                 found = self._find((*place, name))
                 if found is None or name in seen:
+                    continue
+                # Looking it up would find nothing.
+                if len(place) == 3 and self._tree.holds_another_kind((*place, name), version_of(found)):
                     continue
                 seen.add(name)
                 key = f"{self.key}/{name}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import json
 import shutil
 import weakref
 from pathlib import Path, PurePosixPath
@@ -11,7 +12,7 @@ import pytest
 
 from folders import files_of, raw_shard, shard_bytes, tensor, write_model
 from modelcask.errors import CorruptBlob, InvalidManifest
-from modelcask.manifests import FILE_TYPE, Layer, Manifest
+from modelcask.manifests import FILE_TYPE, MODEL_INDEX, Layer, Manifest
 from modelcask.names import ModelName
 from modelcask.safetensors_layout import ShardLayout
 from modelcask.store import Store
@@ -185,6 +186,25 @@ def test_a_blob_of_another_size_is_not_read(store: Store, tmp_path: Path) -> Non
     assert node is not None
     with pytest.raises(CorruptBlob, match="bytes long, not"):
         content(store, node)
+
+
+def test_other_kinds_of_models_are_not_listed(store: Store, tmp_path: Path) -> None:
+    (result,) = import_folder(store, write_model(tmp_path / "m"))
+    manifest = store.manifests.read(result.name).manifest
+    tags = store.manifests.path(result.name).parent
+    language = [layer for layer in manifest.layers if layer.name != MODEL_INDEX]
+    tag = tags / "language"
+    tag.write_bytes(Manifest(manifest.config, tuple(language)).encode())
+    (tags / "spaced").write_text(json.dumps(json.loads((tags / "latest").read_bytes()), indent=1))
+    (tags / "damaged").write_text("{")
+    tree = Tree(store)
+    shown = ["damaged", "latest", "spaced"]  # a damaged one's error is told where it is opened
+    for view in ("diffusers", "tensors"):
+        assert names(tree, f"{view}/library/m") == shown
+        assert find(tree, f"{view}/library/m/language") is None
+    tag.write_bytes(manifest.encode())
+    assert names(tree, "diffusers/library/m") == sorted([*shown, "language"])
+    assert find(tree, "diffusers/library/m/language") is not None
 
 
 @pytest.mark.parametrize(
