@@ -216,9 +216,7 @@ def test_a_model_that_nobody_has_any_more_is_let_go_of_at_once(
 ) -> None:
     """A mount seldom looks for cycles."""
     quantize = "int4" if view in ("mlx", "sdnq") else None
-    (first,), (second,) = (
-        import_folder(store, write_model(tmp_path / name), quantize=quantize) for name in ("a", "b")
-    )
+    (first,), (second,) = (import_folder(store, write_model(tmp_path / name), quantize=quantize) for name in ("a", "b"))
     if by_upstream:
         keep_what_upstream_writes(store, first.name)
     tree = Tree(store, cached_models=1)
