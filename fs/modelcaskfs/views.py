@@ -8,6 +8,7 @@ a replaced model appears under other node keys, so whatever was cached or opened
 
 from __future__ import annotations
 
+import logging
 import os
 import stat
 import threading
@@ -23,6 +24,8 @@ from modelcaskfs.conventions import CONVENTIONS, Convention
 from modelcaskfs.hub_view import HubCache
 from modelcaskfs.model_folder import ModelFolder
 from modelcaskfs.nodes import NO_XATTRS, Directory, Entry, LinkNode, Node, model_directory, versioned
+
+log = logging.getLogger("modelcaskfs")
 
 
 class Tree:
@@ -176,7 +179,11 @@ class _Names:
         seen: set[str] = set()
         for place in self._places():
             for name in self._manifests.children(*place):
-                found = self._find((*place, name))
+                try:
+                    found = self._find((*place, name))
+                except OSError as error:  # a loop of links, say: its siblings must be found all the same
+                    log.error("%s", error)
+                    continue
                 if found is None or name in seen:
                     continue
                 # Looking it up would find nothing.

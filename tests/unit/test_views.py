@@ -188,6 +188,19 @@ def test_a_blob_of_another_size_is_not_read(store: Store, tmp_path: Path) -> Non
         content(store, node)
 
 
+def test_a_link_that_leads_nowhere_hides_nothing_else(
+    store: Store, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (result,) = import_folder(store, write_model(tmp_path / "m"))
+    (store.manifests.path(result.name).parent / "loop").symlink_to("loop")
+    (store.manifests.path(result.name).parent.parent / "round").symlink_to("round")
+    tree = Tree(store)
+    for view in ("diffusers", "tensors"):
+        assert names(tree, f"{view}/library") == ["m"]
+        assert names(tree, f"{view}/library/m") == ["latest"]
+    assert "round" in caplog.text
+
+
 def test_other_kinds_of_models_are_not_listed(store: Store, tmp_path: Path) -> None:
     (result,) = import_folder(store, write_model(tmp_path / "m"))
     manifest = store.manifests.read(result.name).manifest
