@@ -85,6 +85,9 @@ class BlobReader:
                 # EOPNOTSUPP: this filesystem cannot tell; the waiting way is the only one.
                 if not flags or error.errno not in (errno.EAGAIN, errno.EOPNOTSUPP):
                     raise
+                count = 0
+            if count == 0 and flags:
+                # Linux 5.9 and 5.10 say so for EAGAIN (preadv2(2), BUGS); the end of a file shows without the flag.
                 if not wait:
                     return False
                 os.posix_fadvise(blob.fd, position, _READ_AHEAD, os.POSIX_FADV_WILLNEED)

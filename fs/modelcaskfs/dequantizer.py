@@ -30,7 +30,8 @@ _STREAM = 64 << 10
 # Ends of reads that are remembered, for what follows them.
 _ENDS = 512
 
-_Key = tuple[Digest, int]
+# The dtype, too: a blob may be the same for weights of several, as nvfp4's and mxfp8's are.
+_Key = tuple[Digest, str, int]
 
 
 class Dequantizer:
@@ -50,7 +51,7 @@ class Dequantizer:
         Raises:
             CorruptBlob: the blob is missing or not as long as it should be.
         """
-        if not self._is_streamed(tensor.digest, skip, len(target)):
+        if not self._is_streamed(tensor, skip, len(target)):
             return self._read_few(tensor, skip, target, wait=wait)
         end = skip + len(target)
         for number in range(skip // _CHUNK, -(-end // _CHUNK)):
@@ -75,19 +76,19 @@ class Dequantizer:
         """End the threads."""
         self._pool.shutdown(cancel_futures=True)
 
-    def _is_streamed(self, digest: Digest, skip: int, length: int) -> bool:
+    def _is_streamed(self, tensor: DequantizedTensor, skip: int, length: int) -> bool:
         if length < _STREAM:
             return False
         with self._lock:
-            self._ends[digest, skip + length] = None
+            self._ends[_key(tensor, skip + length)] = None
             if len(self._ends) > _ENDS:
                 self._ends.popitem(last=False)
-            return skip == 0 or length >= _CHUNK or (digest, skip) in self._ends
+            return skip == 0 or length >= _CHUNK or _key(tensor, skip) in self._ends
 
     def _read_few(self, tensor: DequantizedTensor, skip: int, target: memoryview, *, wait: bool) -> bool:
         number, begin = divmod(skip, _CHUNK)
         with self._lock:
-            chunk = self._chunks.get((tensor.digest, number))
+            chunk = self._chunks.get(_key(tensor, number))
         if chunk is not None and chunk.done() and begin + len(target) <= _CHUNK:
             target[:] = chunk.result()[begin : begin + len(target)]
             return True
@@ -103,12 +104,12 @@ class Dequantizer:
         size = _tensor_bytes(tensor)
         with self._lock:
             for each in range(number, number + _AHEAD + 1):
-                key = (tensor.digest, each)
+                key = _key(tensor, each)
                 wanted = each == number or (each * _CHUNK < size and len(self._unread) < _UNREAD_CHUNKS)
                 if wanted and key not in self._chunks:
                     self._chunks[key] = self._pool.submit(self._whole_chunk, tensor, each)
                     self._unread.add(key)
-            key = (tensor.digest, number)
+            key = _key(tensor, number)
             self._unread.discard(key)
             self._chunks.move_to_end(key)
             chunk = self._chunks[key]
@@ -124,8 +125,8 @@ class Dequantizer:
             return self._dequantized(tensor, number * _CHUNK // group, end // group)
         except BaseException:
             with self._lock:  # an error is told to who waits now, and tried again for who comes later
-                self._chunks.pop((tensor.digest, number), None)
-                self._unread.discard((tensor.digest, number))
+                self._chunks.pop(_key(tensor, number), None)
+                self._unread.discard(_key(tensor, number))
             raise
 
     def _dequantized(self, tensor: DequantizedTensor, first: int, last: int) -> memoryview:
@@ -150,6 +151,10 @@ class Dequantizer:
         quantized = Quantized(packed.view(np.uint32), scales, biases[0] if biases else None)
         dequantize_groups(layout.qtype, tensor.dtype, quantized, out)
         return out.data
+
+
+def _key(tensor: DequantizedTensor, number: int) -> _Key:
+    return tensor.digest, tensor.dtype, number
 
 
 def _tensor_bytes(tensor: DequantizedTensor) -> int:

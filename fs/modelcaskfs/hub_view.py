@@ -120,10 +120,10 @@ class _Repository:
             yield Entry(name, stat.S_IFDIR, level.key)
 
     def model(self, tag: str) -> ModelFolder | None:
-        """The model of a tag, None if there is none. Raises InvalidManifest."""
+        """The model of a tag, None if there is none. Raises InvalidManifest, OSError."""
         try:
             model = self._models.model(ModelName(*self._place, tag))
-        except (ModelNotFound, IsADirectoryError):
+        except (ModelNotFound, FileNotFoundError, IsADirectoryError):
             return None
         return model if model.stored.manifest.is_image_model else None
 
@@ -134,7 +134,7 @@ class _Repository:
             try:
                 if (model := self.model(tag)) is not None:
                     models[tag] = model
-            except ModelcaskError as error:
+            except (ModelcaskError, OSError) as error:
                 log.error("%s", error)
         return models
 
@@ -288,7 +288,7 @@ def _tree(model: ModelFolder) -> bytes:
 
 def _size(model: ModelFolder, leaf: Leaf) -> int:
     assert not isinstance(leaf, PurePosixPath)
-    return (model.content(leaf) if isinstance(leaf, Layer) else leaf.content()).size
+    return (model.content(leaf) if isinstance(leaf, Layer) else leaf.content(model)).size
 
 
 def _identity(model: ModelFolder, path: PurePosixPath, leaf: Leaf) -> str:

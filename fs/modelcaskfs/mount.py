@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import gc
+import logging
 import os
 import resource
 import signal
@@ -13,13 +14,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 from modelcask.errors import MountFailed
-from modelcask.mounts import clear_dead_mount, unmount_lazily
+from modelcask.mounts import clear_dead_mount, device_of, unmount_lazily
 from modelcask.store import Store
 from modelcaskfs import fuse_binding
 from modelcaskfs.mount_options import MountOptions
 from modelcaskfs.read_ahead import raise_read_ahead
 from modelcaskfs.reader import SpanReader
 from modelcaskfs.views import Tree
+
+log = logging.getLogger("modelcaskfs")
 
 # The loop waits at most so long for a thread that computes; Python's own 5 ms would be 40 cached reads.
 _SECONDS_BETWEEN_SWITCHES = 0.0005
@@ -41,7 +44,9 @@ def serve(
 ) -> None:
     """Mount `store` at `mountpoint` and answer its requests until it is unmounted or a signal ends it.
 
-    SIGTERM and SIGINT unmount: at once where nobody uses it, else lazily, when the last user is gone.
+    SIGTERM and SIGINT unmount: at once where nobody uses it, else lazily, when the last user is gone. Another SIGINT
+    ends the process whoever uses it; another SIGTERM does where unmounting failed. Else it does not: a supervisor that
+    ends sends one more, and what is open is served to its end.
 
     Args:
         libfuse_major: 2 or 3 for that libfuse, None for the one that is there.
@@ -76,24 +81,37 @@ def serve(
     session = libfuse.Session(mountpoint, adapter.operations(), [*fixed, *options.for_the_mount])
 
     ended_well = True
+    stopping = threading.Event()
 
     def loop() -> None:
         nonlocal ended_well
         ended_well = session.loop()
-        os.kill(os.getpid(), signal.SIGTERM)
+        if not stopping.is_set():
+            os.kill(os.getpid(), signal.SIGTERM)
 
     thread = threading.Thread(target=loop, name="fuse")
     thread.start()
     signal.sigwait(wanted)
+    stopping.set()
     on_stopping()
     if thread.is_alive():
         unmount_lazily(mountpoint)
+        _let_end(signal.SIGINT)
+        if device_of(mountpoint) is not None:  # asks the kernel, not the filesystem
+            log.error("%s: could not be unmounted; `umount -l` it, or another SIGTERM ends its process", mountpoint)
+            _let_end(signal.SIGTERM)
     thread.join()
     adapter.close()
     reader.close()
     session.close()
     if not ended_well:
         raise MountFailed(mountpoint, "the kernel's requests could not be read any more", "mount it again")
+
+
+def _let_end(number: signal.Signals) -> None:
+    """Have the signal end the process from now on."""
+    signal.signal(number, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {number})
 
 
 def _check_mountpoint(mountpoint: Path) -> None:

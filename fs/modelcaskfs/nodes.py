@@ -141,7 +141,7 @@ class ModelDirectory:
             return LinkNode(key, self.mtime_ns, str(child))
         if isinstance(child, dict):
             return ModelDirectory(f"{self.key}/{name}", self._model, child, files=key)
-        content = self._model.content(child) if isinstance(child, Layer) else child.content()
+        content = self._model.content(child) if isinstance(child, Layer) else child.content(self._model)
         layer = child if isinstance(child, Layer) else None
         return FileNode(key, self.mtime_ns, content, self._model.protection, _file_xattrs(self._model, layer))
 

@@ -23,7 +23,7 @@ from modelcask.errors import ModelcaskError, ModelNotFound
 from modelcaskfs import libfuse
 from modelcaskfs.known_nodes import KnownNodes, number_of
 from modelcaskfs.mount_options import Ownership
-from modelcaskfs.nodes import Entry, FileNode, LinkNode, Node
+from modelcaskfs.nodes import Directory, Entry, FileNode, LinkNode, Node
 from modelcaskfs.read_ahead import READ_AHEAD
 from modelcaskfs.reader import SpanReader
 from modelcaskfs.views import Tree
@@ -185,14 +185,23 @@ class Adapter:
 
     def _opendir(self, request: int, number: int, info: Any) -> None:
         directory = self._nodes.directory(number)
-        here = Entry(".", stat.S_IFDIR, directory.key)
-        above = Entry("..", stat.S_IFDIR, "/")
-        info.contents.fh = self._new_handle([here, above, *directory.entries()])
+        info.contents.fh = self._new_handle(_Listing(directory))
         if libfuse.reply_open(request, info) == -errno.ENOENT:
             del self._handles[info.contents.fh]
 
     def _readdir(self, request: int, _number: int, size: int, offset: int, info: Any) -> None:
-        entries: list[Entry] = self._handles[info.contents.fh]
+        listing: _Listing = self._handles[info.contents.fh]
+        if offset == 0 and listing.begun and not listing.directory.lasting:
+            self._hand_over(_answering(self._readdir_anew), request, listing, size)
+            return
+        listing.begun = True
+        self._reply_entries(request, listing.entries, size, offset)
+
+    def _readdir_anew(self, request: int, listing: _Listing, size: int) -> None:
+        listing.fill()
+        self._reply_entries(request, listing.entries, size, 0)
+
+    def _reply_entries(self, request: int, entries: list[Entry], size: int, offset: int) -> None:
         buffer = self._buffer(size)
         used = 0
         for position in range(offset, len(entries)):
@@ -272,6 +281,22 @@ class Adapter:
         if buffer is None or len(buffer) < size:
             buffer = self._buffers.buffer = ctypes.create_string_buffer(max(size, 128 << 10))
         return buffer
+
+
+class _Listing:
+    """An open directory: what it held when it was opened, or last read from its beginning (rewinddir(3))."""
+
+    __slots__ = ("begun", "directory", "entries")
+
+    def __init__(self, directory: Directory) -> None:
+        self.directory = directory
+        self.begun = False
+        self.fill()
+
+    def fill(self) -> None:
+        here = Entry(".", stat.S_IFDIR, self.directory.key)
+        above = Entry("..", stat.S_IFDIR, "/")
+        self.entries = [here, above, *self.directory.entries()]
 
 
 def _reply_sized(request: int, data: bytes, size: int) -> None:

@@ -20,9 +20,14 @@ _PAGE = 4096
 
 @dataclass(frozen=True, slots=True)
 class Generated:
-    """A file that is not stored but made when it is first looked at."""
+    """A file that is not stored but made when it is first looked at.
 
-    content: Callable[[], SpanFile]
+    Attributes:
+        content: makes it of its model. The model keeps this, so this must not lead back to the model: one that nobody
+            has would stay until cycles are sought.
+    """
+
+    content: Callable[[ModelFolder], SpanFile]
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +60,7 @@ def packed_leaves(
         key = f"{view}/{layer.name}"
 
         def later(build: Callable[[ModelFolder, Layer], SpanFile], key: str = key, layer: Layer = layer) -> Generated:
-            return Generated(lambda: model.built(key, lambda: build(model, layer)))
+            return Generated(lambda model: model.built(key, lambda: build(model, layer)))
 
         if layer.media_type == HEADER_TYPE:
             yield path, later(lambda model, layer: _shard(model, layer, unpack, file_format))

@@ -76,7 +76,8 @@ class Protection:
         except OSError as error:
             if error.errno in (errno.ENOSPC, errno.EDQUOT):
                 return Lease(self._leases, EVERYTHING)  # an empty file needs no space
-            if error.errno not in (errno.EROFS, errno.EACCES, errno.EPERM):
+            # ENOENT: a store that Ollama or a snapshot made has no folder of leases.
+            if error.errno not in (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOENT):
                 raise
             log.warning("%s: read without a lease, gc of another user may remove what is open", self._leases)
             return None

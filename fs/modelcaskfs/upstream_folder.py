@@ -7,6 +7,7 @@ made up: one shard for each component, under the name that its library looks for
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -28,21 +29,21 @@ def leaves(model: ModelFolder) -> Iterator[tuple[PurePosixPath, Generated]]:
         return
     index = next((layer for layer in manifest.of_type(JSON_TYPE) if layer.name == MODEL_INDEX), None)
     if index is not None and PurePosixPath(MODEL_INDEX) not in model.files:
-        yield PurePosixPath(MODEL_INDEX), _later(model, MODEL_INDEX, lambda: _model_index(model, index))
+        yield PurePosixPath(MODEL_INDEX), _later(MODEL_INDEX, partial(_model_index, layer=index))
     fields = parsed(model, index) if index is not None else {}
     for component in manifest.components:
-        path = PurePosixPath(component, _shard_name(component, fields.get(component)))
+        path = model.checked(PurePosixPath(component, _shard_name(component, fields.get(component))))
         if path not in model.files:
-            yield path, _later(model, str(path), lambda component=component: _shard(model, component))  # type: ignore[misc]
+            yield path, _later(str(path), partial(_shard, component=component))
 
 
-def _later(model: ModelFolder, path: str, build: Callable[[], SpanFile]) -> Generated:
-    return Generated(lambda: model.built(f"upstream/{path}", build))
+def _later(path: str, build: Callable[[ModelFolder], SpanFile]) -> Generated:
+    return Generated(lambda model: model.built(f"upstream/{path}", lambda: build(model)))
 
 
 def _shard_name(component: str, named: Any) -> str:
     library = named[0] if isinstance(named, list) and named else None
-    if library not in _SHARD_NAMES:
+    if not isinstance(library, str) or library not in _SHARD_NAMES:
         library = "transformers" if component.startswith("text_encoder") else "diffusers"
     return _SHARD_NAMES[library]
 

@@ -8,14 +8,15 @@ a replaced model appears under other node keys, so whatever was cached or opened
 
 from __future__ import annotations
 
+import logging
 import os
 import stat
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator
 
-from modelcask.errors import ModelNotFound
-from modelcask.manifests import REPORT_TYPE, ManifestStore, version_of
+from modelcask.errors import InvalidManifest, ModelNotFound
+from modelcask.manifests import MODEL_INDEX, REPORT_TYPE, Manifest, ManifestStore, version_of
 from modelcask.names import DEFAULT_HOST, ModelName
 from modelcask.store import Store
 from modelcaskfs.blob_folder import BlobFolder
@@ -23,6 +24,8 @@ from modelcaskfs.conventions import CONVENTIONS, Convention
 from modelcaskfs.hub_view import HubCache
 from modelcaskfs.model_folder import ModelFolder
 from modelcaskfs.nodes import NO_XATTRS, Directory, Entry, LinkNode, Node, model_directory, versioned
+
+log = logging.getLogger("modelcaskfs")
 
 
 class Tree:
@@ -40,6 +43,7 @@ class Tree:
         self._cached_models = cached_models
         self._lock = threading.Lock()
         self._quantized: dict[tuple[str, ...], tuple[tuple[int, int, int], bool]] = {}
+        self._other_kinds: dict[tuple[str, ...], tuple[tuple[int, int, int], bool]] = {}
         self.root = _Root(self)
 
     @property
@@ -63,6 +67,24 @@ class Tree:
             known = self._quantized[parts] = (version, manifests.mentions(REPORT_TYPE, *parts))
         return known[1]
 
+    def holds_another_kind(self, parts: tuple[str, ...], version: tuple[int, int, int]) -> bool:
+        """Whether the manifest at `parts`, of this version, is sound and no image model's: a language model's, say.
+
+        Reads a manifest once as long as it does not change, and parses it only if its text names no index.
+        """
+        known = self._other_kinds.get(parts)
+        if known is None or known[0] != version:
+            known = self._other_kinds[parts] = (version, self._is_another_kind(parts))
+        return known[1]
+
+    def _is_another_kind(self, parts: tuple[str, ...]) -> bool:
+        path = self._store.root.joinpath("manifests", *parts)
+        try:
+            text = path.read_bytes()
+            return f'"{MODEL_INDEX}"'.encode() not in text and not Manifest.decode(text, path).is_image_model
+        except (OSError, InvalidManifest):
+            return False  # looking the model up will tell
+
     def model(self, name: ModelName) -> ModelFolder:
         """The folder of the model `name` as it is now.
 
@@ -70,7 +92,7 @@ class Tree:
             ModelNotFound: there is none. InvalidManifest: it cannot be read.
         """
         stat_now = self._store.manifests.stat(*name.path.parts)
-        if stat_now is None:
+        if stat_now is None or not stat.S_ISREG(stat_now.st_mode):  # reading a FIFO would never end
             raise ModelNotFound(str(name), self._store.root)
         key = (name, version_of(stat_now))
         with self._lock:
@@ -134,7 +156,8 @@ class _Names:
 
     @property
     def may_wait(self) -> bool:
-        return len(self._parts) >= 2  # the names may be tags, whose manifests are read
+        # The names may be tags, whose manifests are read; where quantized models alone are shown, those of all below.
+        return self._convention.quantized_only or len(self._parts) >= 2
 
     @property
     def mtime_ns(self) -> int:
@@ -156,8 +179,15 @@ class _Names:
         seen: set[str] = set()
         for place in self._places():
             for name in self._manifests.children(*place):
-                found = self._find((*place, name))
+                try:
+                    found = self._find((*place, name))
+                except OSError as error:  # a loop of links, say: its siblings must be found all the same
+                    log.error("%s", error)
+                    continue
                 if found is None or name in seen:
+                    continue
+                # Looking it up would find nothing.
+                if len(place) == 3 and self._tree.holds_another_kind((*place, name), version_of(found)):
                     continue
                 seen.add(name)
                 key = f"{self.key}/{name}"

@@ -141,6 +141,20 @@ def test_a_model_that_is_imported_replaced_or_removed_appears_so_within_two_seco
     wait_for(lambda: not model.exists() and os.listdir(root / "diffusers") == [], seconds=2)  # noqa: PTH208
 
 
+def test_a_folder_that_is_open_shows_news_when_it_is_read_again(
+    cask: CommandLine, mount: Mount, tmp_path: Path
+) -> None:
+    folder = write_model(tmp_path / "m")
+    cask("import", folder, "--name", "a")
+    fd = os.open(mount() / "diffusers/library", os.O_RDONLY)
+    try:
+        assert os.listdir(fd) == ["a"]  # noqa: PTH208 - rewinds it, too
+        cask("import", folder, "--name", "b")
+        assert sorted(os.listdir(fd)) == ["a", "b"]  # noqa: PTH208
+    finally:
+        os.close(fd)
+
+
 def test_the_hub_view_is_a_cache_whose_main_ref_follows_the_model(
     cask: CommandLine, mount: Mount, tmp_path: Path
 ) -> None:

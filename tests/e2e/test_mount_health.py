@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from folders import tensor, write_component, write_model
+from modelcask.mounts import clear_dead_mount
 from running import CommandLine, serving, wait_for
 
 pytestmark = pytest.mark.fuse
@@ -125,6 +126,49 @@ def test_sigterm_unmounts_at_once_and_lets_what_is_mapped_live(cask: CommandLine
     mapped.close()
     wait_for(lambda: serving(cask.store) == [])
     assert cask("gc", "--json").json["freed_bytes"] > 4_000_000
+
+
+def test_a_second_sigint_ends_it_whoever_uses_it(cask: CommandLine, fuse: None, tmp_path: Path) -> None:
+    del fuse
+    cask("import", write_model(tmp_path / "m"))
+    directory = tmp_path / "mnt"
+    directory.mkdir()
+    cask("mount", directory)
+    (server,) = serving(cask.store)
+    with (directory / "diffusers/library/m/latest/README.md").open():
+        os.kill(server, signal.SIGTERM)
+        wait_for(lambda: not directory.is_mount(), seconds=5)
+        os.kill(server, signal.SIGTERM)  # as the kernel does when a supervisor ends
+        assert serving(cask.store) == [server]
+        os.kill(server, signal.SIGINT)
+        wait_for(lambda: serving(cask.store) == [], seconds=5)
+
+
+def test_a_mount_that_cannot_be_unmounted_says_so_and_ends_with_a_second_sigterm(
+    cask: CommandLine, fuse: None, tmp_path: Path
+) -> None:
+    del fuse
+    programs, directory = tmp_path / "bin", tmp_path / "mnt"
+    programs.mkdir()
+    directory.mkdir()
+    for name in ("umount", "fusermount", "fusermount3"):
+        (programs / name).write_text("#!/bin/sh\nexit 1\n")
+        (programs / name).chmod(0o755)
+    path = cask.environment["PATH"]
+    cask.environment["PATH"] = f"{programs}:{path}"
+    cask("mount", directory)
+    cask.environment["PATH"] = path
+    (server,) = serving(cask.store)
+    log = Path(cask.environment["HOME"]) / ".local/state/modelcask/mount.log"
+    try:
+        os.kill(server, signal.SIGTERM)
+        wait_for(lambda: f"{directory}: could not be unmounted" in log.read_text(), seconds=5)
+        assert (directory / "diffusers").is_dir()
+        os.kill(server, signal.SIGTERM)
+        wait_for(lambda: serving(cask.store) == [], seconds=5)
+    finally:
+        clear_dead_mount(directory)
+    assert not directory.is_mount()
 
 
 def test_a_crash_is_logged_with_its_reason_and_the_next_mount_clears_up(

@@ -10,6 +10,8 @@ import pytest
 
 from modelcask.blobs import BlobStore
 from modelcask.digest import Digest
+from modelcask.errors import CorruptBlob
+from modelcaskfs.blob_reader import BlobReader
 from modelcaskfs.reader import SpanReader
 from modelcaskfs.spans import BlobRange, SpanFile
 
@@ -47,3 +49,27 @@ def test_pages_of_a_served_blob_are_let_go_of_where_memory_is_short(tmp_path: Pa
         assert cached_bytes(path) < size // 10
     else:
         assert cached_bytes(path) >= size
+
+
+def test_a_kernel_that_says_0_for_what_must_be_waited_for_is_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Linux 5.9 and 5.10 do."""
+    blobs, data = BlobStore(tmp_path), os.urandom(10_000)
+    digest = Digest.of(data)
+    blobs.path(digest).write_bytes(data)
+    preadv = os.preadv
+
+    def of_such_a_kernel(fd: int, buffers: list[memoryview], offset: int, flags: int = 0) -> int:
+        return 0 if flags & os.RWF_NOWAIT else preadv(fd, buffers, offset, flags)
+
+    reader, buffer = BlobReader(blobs, max_open=1), bytearray(len(data))
+    source = BlobRange(digest, len(data), 0)
+    assert reader.read(source, 0, memoryview(buffer), wait=True)
+    monkeypatch.setattr(os, "preadv", of_such_a_kernel)
+    assert not reader.read(source, 0, memoryview(buffer), wait=False)
+    assert reader.read(source, 0, memoryview(buffer), wait=True)
+    assert buffer == data
+    os.truncate(blobs.path(digest), 5000)
+    with pytest.raises(CorruptBlob, match="cut short"):
+        reader.read(source, 0, memoryview(buffer), wait=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -157,3 +158,21 @@ def test_an_absence_is_told_of_what_a_snapshot_lacks_and_of_nothing_else(store: 
         assert find(tree, f"{absences}/{path}") is None
     assert find(tree, "hub/models--library--m/.no_exist/0123") is None
     assert names(tree, absences) == []
+
+
+def test_what_is_no_readable_manifest_hides_no_other_tag(
+    store: Store, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (result,) = import_folder(store, write_model(tmp_path / "m"))
+    tags = store.manifests.path(result.name).parent
+    (tags / "loop").symlink_to("loop")
+    (tags / "dangling").symlink_to("nowhere")
+    (tags / "folder").mkdir()
+    os.mkfifo(tags / "fifo")
+    tree, repository = Tree(store), "hub/models--library--m"
+    assert names(tree, f"{repository}/refs") == ["latest", "main"]
+    assert len(names(tree, f"{repository}/snapshots")) == 1
+    assert find(tree, f"{repository}/refs/main") is not None
+    assert "loop" in caplog.text
+    for tag in ("dangling", "folder", "fifo"):
+        assert find(tree, f"{repository}/refs/{tag}") is None

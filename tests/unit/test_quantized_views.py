@@ -10,10 +10,11 @@ import threading
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+import numpy as np
 import pytest
 from safetensors import deserialize
 
-from folders import tensor, write_component, write_model
+from folders import raw_shard, tensor, write_component, write_model
 from modelcask.quantize import QUANT_TYPES
 from modelcask.store import Store
 from modelcaskfs.nodes import FileNode
@@ -149,6 +150,14 @@ def test_a_model_that_is_not_quantized_is_not_listed_among_the_packed(store: Sto
     assert names(tree, "mlx") == []
 
 
+def test_levels_that_read_manifests_to_find_a_name_may_wait(store: Store, tmp_path: Path) -> None:
+    import_folder(store, write_model(tmp_path / "m"), quantize="int4", name="org/m:int4")
+    tree = Tree(store)
+    for view, levels in (("diffusers", [False, False, True]), ("mlx", [True] * 3), ("sdnq", [True] * 3)):
+        found = [find(tree, view + path) for path in ("", "/org", "/org/m")]
+        assert [node.may_wait for node in found] == levels  # type: ignore[union-attr]
+
+
 @pytest.mark.parametrize("qtype", TYPES)
 def test_ranged_reads_of_dequantized_files_equal_slices_for_sixteen_readers(
     store: Store, tmp_path: Path, qtype: str
@@ -182,3 +191,32 @@ def test_ranged_reads_of_dequantized_files_equal_slices_for_sixteen_readers(
         thread.join()
     reader.close()
     assert wrong == []
+
+
+@pytest.mark.parametrize("qtype", ["nvfp4", "mxfp8"])
+def test_a_blob_that_two_dtypes_share_is_read_in_each_ones_own(store: Store, tmp_path: Path, qtype: str) -> None:
+    words = np.random.default_rng(0).integers(0x3C00, 0x4000, (1024, 1024), np.uint16)
+    for dtype, values in (("BF16", words), ("F32", words.astype(np.uint32) << 16)):
+        folder = write_model(tmp_path / dtype.lower())
+        header = {"x.weight": {"dtype": dtype, "shape": [1024, 1024], "data_offsets": [0, values.nbytes]}}
+        shard = raw_shard(json.dumps(header).encode(), values.tobytes())
+        (folder / "transformer" / "diffusion_pytorch_model.safetensors").write_bytes(shard)
+        import_folder(store, folder, quantize=qtype)
+    tree = Tree(store)
+    path = f"{qtype}/transformer/diffusion_pytorch_model.safetensors"
+    found = [find(tree, f"diffusers/library/{dtype}/{path}") for dtype in ("bf16", "f32")]
+    alone = [content(store, node) for node in found if node]
+    digests = [
+        {each.digest for each in store.manifests.read(name).manifest.layers if each.name == "transformer/x.weight"}
+        for name in store.manifests.names()
+    ]
+    assert digests[0] == digests[1]
+    reader = SpanReader(store.blobs, max_open=4)
+    for step in (1 << 20, 128 << 10, 4096):
+        for offset in range(0, 4 << 20, max(step, 128 << 10)):
+            for node, whole in zip(found, alone, strict=True):
+                assert isinstance(node, FileNode)
+                buffer = bytearray(step)
+                count = reader.read(node.content, offset, memoryview(buffer))
+                assert buffer[:count] == whole[offset : offset + step]
+    reader.close()

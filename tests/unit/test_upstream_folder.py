@@ -12,7 +12,7 @@ from safetensors import deserialize
 from folders import write_model
 from modelcask.digest import Digest
 from modelcask.errors import InvalidManifest
-from modelcask.manifests import TENSOR_TYPE, Manifest
+from modelcask.manifests import MODEL_INDEX, TENSOR_TYPE, Manifest
 from modelcask.names import ModelName
 from modelcask.safetensors_layout import TensorEntry, encode_header
 from modelcask.store import Store
@@ -101,3 +101,35 @@ def test_a_blob_that_holds_several_tensors_is_told_and_not_shown_as_another(stor
     with pytest.raises(InvalidManifest, match="only upstream's programs read"):
         find(tree, "diffusers/library/m/latest/vae/diffusion_pytorch_model.safetensors")
     assert find(tree, "diffusers/library/m/latest/transformer/diffusion_pytorch_model.safetensors") is not None
+
+
+def test_a_component_that_is_no_name_in_a_folder_is_refused(store: Store, tmp_path: Path) -> None:
+    import_folder(store, write_model(tmp_path / "m"))
+    keep_what_upstream_writes(store, NAME)
+    manifest = store.manifests.read(NAME).manifest
+    layers = [
+        replace(layer, name=layer.name.replace("vae/", "../")) if layer.media_type == TENSOR_TYPE else layer
+        for layer in manifest.layers
+    ]
+    store.manifests.write(NAME, Manifest(manifest.config, tuple(layers)), temporary=store.root / "tmp" / "x")
+    with pytest.raises(InvalidManifest, match="no path in a folder"):
+        find(Tree(store), "diffusers/library/m/latest")
+
+
+def test_an_index_that_names_no_library_gets_the_usual_ones(store: Store, tmp_path: Path) -> None:
+    import_folder(store, write_model(tmp_path / "m"))
+    keep_what_upstream_writes(store, NAME)
+    manifest = store.manifests.read(NAME).manifest
+    index = json.dumps({"vae": [["diffusers"], "X"], "text_encoder": [{}, "X"]}).encode()
+    digest = Digest.of(index)
+    with store.ingestion() as ingestion:
+        ingestion.put(index, digest)
+        ingestion.flush()
+    layers = [
+        replace(layer, digest=digest, size=len(index)) if layer.name == MODEL_INDEX else layer
+        for layer in manifest.layers
+    ]
+    store.manifests.write(NAME, Manifest(manifest.config, tuple(layers)), temporary=store.root / "tmp" / "x")
+    tree = Tree(store)
+    assert "diffusion_pytorch_model.safetensors" in names(tree, "diffusers/library/m/latest/vae")
+    assert "model.safetensors" in names(tree, "diffusers/library/m/latest/text_encoder")

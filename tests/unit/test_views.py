@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import json
+import shutil
 import weakref
 from pathlib import Path, PurePosixPath
 
@@ -10,7 +12,7 @@ import pytest
 
 from folders import files_of, raw_shard, shard_bytes, tensor, write_model
 from modelcask.errors import CorruptBlob, InvalidManifest
-from modelcask.manifests import FILE_TYPE, Layer, Manifest
+from modelcask.manifests import FILE_TYPE, MODEL_INDEX, Layer, Manifest
 from modelcask.names import ModelName
 from modelcask.safetensors_layout import ShardLayout
 from modelcask.store import Store
@@ -19,6 +21,7 @@ from modelcaskfs.nodes import FileNode, LinkNode
 from modelcaskfs.views import Tree
 from running import import_folder
 from trees import content, find, names, walk
+from upstream_models import keep_what_upstream_writes
 
 
 def test_the_diffusers_view_holds_the_dropped_files_byte_for_byte(store: Store, vector_model: Path) -> None:
@@ -110,6 +113,22 @@ def test_a_model_that_was_removed_before_it_is_opened_cannot_be_acquired(store: 
     assert [path.name for path in store.leases.iterdir()] == ["gate"]
 
 
+def test_a_store_without_a_folder_of_leases_is_read_without_one(
+    store: Store, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = write_model(tmp_path / "m")
+    (result,) = import_folder(store, folder)
+    shutil.rmtree(store.leases)
+    node = find(Tree(store), "diffusers/library/m/latest/README.md")
+    assert isinstance(node, FileNode)
+    assert node.protection.acquire()
+    assert "read without a lease" in caplog.text
+    assert content(store, node) == (folder / "README.md").read_bytes()
+    node.protection.release()
+    store.manifests.remove(result.name)
+    assert not node.protection.acquire()
+
+
 def test_tensors_of_the_same_name_in_two_shards_keep_their_own_bytes(store: Store, tmp_path: Path) -> None:
     folder = write_model(tmp_path / "m")
     for name, byte in (("a.safetensors", b"a"), ("b.safetensors", b"b")):
@@ -169,13 +188,54 @@ def test_a_blob_of_another_size_is_not_read(store: Store, tmp_path: Path) -> Non
         content(store, node)
 
 
-def test_a_model_that_nobody_has_any_more_is_let_go_of_at_once(store: Store, tmp_path: Path) -> None:
+def test_a_link_that_leads_nowhere_hides_nothing_else(
+    store: Store, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (result,) = import_folder(store, write_model(tmp_path / "m"))
+    (store.manifests.path(result.name).parent / "loop").symlink_to("loop")
+    (store.manifests.path(result.name).parent.parent / "round").symlink_to("round")
+    tree = Tree(store)
+    for view in ("diffusers", "tensors"):
+        assert names(tree, f"{view}/library") == ["m"]
+        assert names(tree, f"{view}/library/m") == ["latest"]
+    assert "round" in caplog.text
+
+
+def test_other_kinds_of_models_are_not_listed(store: Store, tmp_path: Path) -> None:
+    (result,) = import_folder(store, write_model(tmp_path / "m"))
+    manifest = store.manifests.read(result.name).manifest
+    tags = store.manifests.path(result.name).parent
+    language = [layer for layer in manifest.layers if layer.name != MODEL_INDEX]
+    tag = tags / "language"
+    tag.write_bytes(Manifest(manifest.config, tuple(language)).encode())
+    (tags / "spaced").write_text(json.dumps(json.loads((tags / "latest").read_bytes()), indent=1))
+    (tags / "damaged").write_text("{")
+    tree = Tree(store)
+    shown = ["damaged", "latest", "spaced"]  # a damaged one's error is told where it is opened
+    for view in ("diffusers", "tensors"):
+        assert names(tree, f"{view}/library/m") == shown
+        assert find(tree, f"{view}/library/m/language") is None
+    tag.write_bytes(manifest.encode())
+    assert names(tree, "diffusers/library/m") == sorted([*shown, "language"])
+    assert find(tree, "diffusers/library/m/language") is not None
+
+
+@pytest.mark.parametrize(
+    ("view", "by_upstream"),
+    [("diffusers", False), ("tensors", False), ("mlx", False), ("sdnq", False), ("diffusers", True)],
+)
+def test_a_model_that_nobody_has_any_more_is_let_go_of_at_once(
+    store: Store, tmp_path: Path, view: str, by_upstream: bool
+) -> None:
     """A mount seldom looks for cycles."""
-    (first,), (second,) = (import_folder(store, write_model(tmp_path / name)) for name in ("a", "b"))
+    quantize = "int4" if view in ("mlx", "sdnq") else None
+    (first,), (second,) = (import_folder(store, write_model(tmp_path / name), quantize=quantize) for name in ("a", "b"))
+    if by_upstream:
+        keep_what_upstream_writes(store, first.name)
     tree = Tree(store, cached_models=1)
     gc.disable()
     try:
-        walk(find(tree, "diffusers/library/a/latest"))  # type: ignore[arg-type]
+        walk(find(tree, f"{view}/{first.name.view_path}"))  # type: ignore[arg-type]
         model = weakref.ref(tree.model(first.name))
         assert model() is not None
         tree.model(second.name)
