@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import logging
 import stat
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from pathlib import PurePosixPath
 from typing import Protocol
@@ -146,7 +147,7 @@ class _Repository:
         return models
 
 
-class _Level:
+class _Level(ABC):
     """A directory of a repository."""
 
     lasting = False
@@ -161,11 +162,13 @@ class _Level:
     def mtime_ns(self) -> int:
         return self._repository.mtime_ns
 
+    @abstractmethod
     def lookup(self, name: str) -> Node | None:
-        raise NotImplementedError
+        """The node of this name, None if there is none."""
 
+    @abstractmethod
     def entries(self) -> Iterator[Entry]:
-        raise NotImplementedError
+        """What a listing shows."""
 
     def _file(self, model: ModelFolder, name: str, build: Callable[[], bytes]) -> FileNode:
         """A file of this directory that follows from one state of a model."""
