@@ -88,9 +88,9 @@ def unmount(mountpoint: Path) -> None:
         raise MountFailed(mountpoint, f"could not be unmounted: {complaint}", "try again")
 
 
-def unmount_lazily(mountpoint: Path) -> None:
-    """Take a mount out of the tree of files; it ends when its last user does."""
-    _run_unmount(mountpoint, lazy=True)
+def unmount_lazily(mountpoint: Path) -> str:
+    """Take a mount out of the tree of files; it ends when its last user does. What was complained of, if anything."""
+    return _run_unmount(mountpoint, lazy=True)
 
 
 def users_of(mountpoint: Path) -> Iterator[tuple[int, str]]:

@@ -13,7 +13,7 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 
-from modelcask.errors import MountFailed
+from modelcask.errors import MountFailed, printable
 from modelcask.mounts import clear_dead_mount, device_of, unmount_lazily
 from modelcask.store import Store
 from modelcaskfs import fuse_binding
@@ -95,10 +95,11 @@ def serve(
     stopping.set()
     on_stopping()
     if thread.is_alive():
-        unmount_lazily(mountpoint)
+        complaint = unmount_lazily(mountpoint)
         _let_end(signal.SIGINT)
         if device_of(mountpoint) is not None:  # asks the kernel, not the filesystem
-            log.error("%s: could not be unmounted; `umount -l` it, or another SIGTERM ends its process", mountpoint)
+            remedy = "`umount -l` it, or another SIGTERM ends its process"
+            log.error("%s: could not be unmounted (%s); %s", mountpoint, printable(complaint), remedy)
             _let_end(signal.SIGTERM)
     thread.join()
     adapter.close()
