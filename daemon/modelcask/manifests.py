@@ -143,6 +143,13 @@ class StoredManifest:
     digest: Digest
     version: tuple[int, int, int]
 
+    def is_unchanged(self) -> bool:
+        """Whether the manifest's file has been there, in this state, ever since it was read."""
+        try:
+            return version_of(self.path.stat()) == self.version
+        except (FileNotFoundError, NotADirectoryError):
+            return False
+
     @property
     def mtime_ns(self) -> int:
         return self.version[1]
@@ -191,13 +198,6 @@ class ManifestStore:
         except TypeError:
             raise InvalidManifest(path, "it does not lie at <host>/<namespace>/<name>/<tag>") from None
         return StoredManifest(name, path, Manifest.decode(data, path), Digest.of(data), version_of(stat))
-
-    def is_unchanged(self, stored: StoredManifest) -> bool:
-        """Whether the manifest has been there, in this state, ever since it was read."""
-        try:
-            return version_of(stored.path.stat()) == stored.version
-        except (FileNotFoundError, NotADirectoryError):
-            return False
 
     def write(self, name: ModelName, manifest: Manifest, *, temporary: Path, renew: bool = False) -> Digest:
         """Commit `manifest` under `name`, replacing what is there; durable when it returns.

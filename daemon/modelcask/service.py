@@ -218,7 +218,8 @@ class Service:
             elif drop.job is None and drop.found != found:
                 if drop.found.name != found.name:
                     self._drops[path] = _Tracked(found, None)  # of another type or namespace now
-                drop.found = found
+                else:
+                    drop.found = found
         gone = (self._drops.keys() | self._remembered.keys()) - found_now.keys()
         for path in gone:
             held = path in self._drops and self._drops[path].job is not None

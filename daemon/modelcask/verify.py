@@ -101,7 +101,7 @@ def verify(
     missing = [
         damage(digest, store.blobs.path(digest))
         for digest in sorted(expected - present.keys())
-        if any(store.manifests.is_unchanged(stored) for stored in users[digest])
+        if any(stored.is_unchanged() for stored in users[digest])
     ]
     fingerprints = _fingerprints(store) if quick else {}
     reading = _Reading(store, fingerprints, report, stop, sum(present.values()))

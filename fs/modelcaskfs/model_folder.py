@@ -25,7 +25,6 @@ from modelcask.manifests import (
     TENSOR_TYPE,
     Layer,
     StoredManifest,
-    version_of,
 )
 from modelcask.quantize import QUANT_TYPES, QuantizedLayout, QuantType, stored_layout
 from modelcask.safetensors_layout import ShardLayout, TensorEntry, parse_header, read_layout
@@ -70,9 +69,7 @@ class ModelFolder:
         self._building = threading.RLock()
         self._built: dict[str, SpanFile] = {}
         # Of the manifest alone: were it to lead back here, a model that nobody has would stay until cycles are sought.
-        self.protection = Protection(
-            leases, lambda: stored.manifest.blobs().keys(), is_current=lambda: _is_current(stored)
-        )
+        self.protection = Protection(leases, lambda: stored.manifest.blobs().keys(), is_current=stored.is_unchanged)
 
     @cached_property
     def files(self) -> dict[PurePosixPath, Layer]:
@@ -193,10 +190,3 @@ class ModelFolder:
 
     def _layout(self, header: Layer) -> ShardLayout:
         return parse_header(self._blobs.read(header.digest, header.size), self._blobs.path(header.digest))
-
-
-def _is_current(stored: StoredManifest) -> bool:
-    try:
-        return version_of(stored.path.stat()) == stored.version
-    except FileNotFoundError:
-        return False
